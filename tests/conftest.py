@@ -1,0 +1,33 @@
+"""What holds for every test: shapes checked at run time, one thread, one seed, no network."""
+
+import os
+
+# Before any import reads them. A test that reaches for a hub must fail, not wait.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from jaxtyping import install_import_hook
+
+# Also before the first import of rankwise: from here on, every annotation such as Float[Tensor, "out r"] is checked.
+install_import_hook("rankwise", "beartype.beartype")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Times vary on a shared machine; an example that fails must fail again.
+settings.register_profile(
+    "rankwise", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("rankwise")
+
+# One test process per core runs under xdist: more threads than that would only get in each other's way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test starts from the same random state, whatever ran before it in the process."""
+    torch.manual_seed(0)
