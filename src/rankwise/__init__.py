@@ -1,0 +1,37 @@
+"""rankwise: low-rank training that keeps step with full fine-tuning, on a base that is never touched."""
+
+from rankwise import errors, inits, variants
+from rankwise.attach import Pair, activate, attach, detach, disabled, pairs, trainable_parameters
+from rankwise.checkpoint import load, save
+from rankwise.errors import RankwiseError
+from rankwise.evidence import gradients
+from rankwise.lowrank import LowRank
+from rankwise.merge import merge, unmerge
+from rankwise.plan import plan
+from rankwise.sites import Site
+from rankwise.spec import LoRA
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRA",
+    "LowRank",
+    "Pair",
+    "RankwiseError",
+    "Site",
+    "activate",
+    "attach",
+    "detach",
+    "disabled",
+    "errors",
+    "gradients",
+    "inits",
+    "load",
+    "merge",
+    "pairs",
+    "plan",
+    "save",
+    "trainable_parameters",
+    "unmerge",
+    "variants",
+]

@@ -1,0 +1,97 @@
+"""Adapter: the portable value of a trained adapter, its spec and each site's tensors, without a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.layers import is_quantised, kind_of
+from rankwise.lowrank import LowRank
+from rankwise.spec import LoRA
+from rankwise.variants import AdapterLayer
+
+
+@dataclass(frozen=True, eq=False)
+class SiteAdapter:
+    """One site's part of an adapter.
+
+    Attributes:
+        kind: "linear" (a file cannot tell it from "conv1d"), "conv1d", "conv2d" or "embedding".
+        delta: ΔW = scale · B A with B [out, r], A [r, in].
+        kernel: the axes that ``in`` unfolds to, (in/groups, kh, kw) for a convolution, else ().
+        groups: of a grouped convolution.
+        extra: other tensors that the variant saves, by file suffix.
+    """
+
+    kind: str
+    delta: LowRank
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A whole adapter.
+
+    Attributes:
+        spec: what made it; for a file that another library wrote, what its configuration says.
+        sites: module path → its part.
+        targets: the shortest list of module names that selects exactly these sites on the base they came from.
+        base_probe: module path → 16 evenly spaced base weights, by which another base is recognised.
+        base_model: name or path of the base, where known.
+    """
+
+    spec: LoRA
+    sites: Mapping[str, SiteAdapter]
+    targets: tuple[str, ...]
+    base_probe: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    base_model: str | None = None
+
+
+def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, AdapterLayer]) -> Adapter:
+    """The adapter that these layers of ``model`` are, detached from it (CPU tensors)."""
+    sites = {path: _site_adapter(model.get_submodule(path), layer) for path, layer in layers.items()}
+    config = getattr(model, "config", None)
+    return Adapter(
+        spec,
+        sites,
+        shortest_targets(model, list(layers)),
+        {path: probe(model.get_submodule(path)) for path in _spread(list(layers), 8)},
+        getattr(config, "_name_or_path", None) or None,
+    )
+
+
+def _site_adapter(layer: nn.Module, adapter: AdapterLayer) -> SiteAdapter:
+    with torch.no_grad():
+        delta = adapter.delta()
+        extra = {suffix: tensor.detach().cpu() for suffix, tensor in adapter.extra_tensors().items()}
+    on_cpu = LowRank(delta.B.detach().cpu(), delta.A.detach().cpu(), delta.scale)
+    return SiteAdapter(adapter.kind.name, on_cpu, adapter.kind.kernel(layer), adapter.kind.groups(layer), extra)
+
+
+def shortest_targets(model: nn.Module, sites: list[str]) -> tuple[str, ...]:
+    """Last parts of the sites' names where those select exactly them, else the whole names."""
+    modules = {name for name, module in model.named_modules() if name}
+    chosen = set(sites)
+    targets: set[str] = set()
+    for site in sites:
+        last = site.rpartition(".")[2]
+        alike = {name for name in modules if name == last or name.endswith(f".{last}")}
+        targets.add(last if alike <= chosen else site)
+    return tuple(sorted(targets))
+
+
+def probe(layer: Any) -> tuple[float, ...]:
+    """16 evenly spaced entries of the base weight; of a quantised one, dequantised."""
+    kind = kind_of(layer)
+    assert kind is not None
+    flat = kind.weight(layer).flatten() if is_quantised(layer) else layer.weight.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, 16, device=flat.device).long()
+    return tuple(float(value) for value in flat[index])
+
+
+def _spread(names: list[str], count: int) -> list[str]:
+    return [names[i * len(names) // count] for i in range(min(count, len(names)))] if len(names) > count else names

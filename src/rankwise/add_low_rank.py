@@ -1,0 +1,99 @@
+"""y += s · dropout(x) Aᵀ Bᵀ in place, with a backward pass that keeps only x and x Aᵀ.
+
+x is the very tensor that the layer got, so layers that share an input (q, k, v) share what is kept; A and B are cast
+to the compute type, x is not; a dropout mask is drawn again from its seed instead of being kept.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankwise.shapes import Float
+
+
+def add_low_rank(
+    y: Float[Tensor, "*batch out"],
+    x: Float[Tensor, "*batch in"],
+    A: Float[Tensor, "r in"],
+    B: Float[Tensor, "out r"],
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*batch out"]:
+    """y + scale · dropout(x) Aᵀ Bᵀ, written into y where autograd allows it.
+
+    Args:
+        y: what the frozen layer returned; its dtype is the compute type.
+        dropout: probability of dropping an element of x; 0 outside training.
+    """
+    if torch.compiler.is_compiling():  # the compiler fuses and plans memory itself
+        h = F.linear(F.dropout(x.to(y.dtype), dropout), A.to(y.dtype))
+        return y + scale * F.linear(h, B.to(y.dtype))
+    if not torch.is_grad_enabled():
+        return _add(y, _down(x, A, y.dtype, dropout, _draw_seed(dropout)), B, _gain(scale, dropout))
+    return _AddLowRank.apply(y, x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _gain(scale: float, dropout: float) -> float:
+    """Inverted dropout's 1/(1 − p) folded into the scale: the mask is then 0 or 1."""
+    return scale / (1.0 - dropout)
+
+
+def _draw_seed(dropout: float) -> int:
+    """A seed from the global CPU generator, which gradient checkpointing restores before it runs a forward again."""
+    return int(torch.randint(2**31 - 1, ())) if dropout else 0
+
+
+def _mask(like: Tensor, dropout: float, seed: int) -> Tensor:
+    """The keep mask (0 or 1, like's shape and dtype) that belongs to a seed."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.empty_like(like).bernoulli_(1.0 - dropout, generator=generator)
+
+
+def _down(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
+    x = x.to(dtype)
+    if dropout:
+        x = x * _mask(x, dropout, seed)
+    return x.flatten(0, -2) @ A.to(dtype).T
+
+
+def _add(y: Tensor, h: Tensor, B: Tensor, gain: float) -> Tensor:
+    """y += gain · h Bᵀ; h is [tokens, r]."""
+    if not y.is_contiguous():
+        y = y.contiguous()
+    y.view(-1, y.shape[-1]).addmm_(h, B.to(y.dtype).T, alpha=gain)
+    return y
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gain: float, dropout: float, seed: int) -> Tensor:
+        h = _down(x, A, y.dtype, dropout, seed)
+        out = _add(y, h, B, gain)
+        if out is y:
+            ctx.mark_dirty(y)
+        ctx.save_for_backward(x, h, A, B)
+        ctx.constants = gain, dropout, seed
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grad_outputs
+        x, h, A, B = ctx.saved_tensors
+        gain, dropout, seed = ctx.constants
+        _, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
+        dtype = grad_y.dtype
+        mask = _mask(x.to(dtype), dropout, seed) if dropout and (wants_x or wants_A) else None
+        rows = grad_y.flatten(0, -2)
+        grad_h = (rows @ B.to(dtype)).mul_(gain)  # [tokens, r]
+        grad_x = grad_A = grad_B = None
+        if wants_B:
+            grad_B = (rows.T @ h).mul_(gain).to(B.dtype)
+        if wants_A:
+            seen = x.to(dtype) if mask is None else x.to(dtype) * mask
+            grad_A = (grad_h.T @ seen.flatten(0, -2)).to(A.dtype)
+        if wants_x:
+            grad_x = (grad_h @ A.to(dtype)).view(x.shape)
+            grad_x = (grad_x if mask is None else grad_x.mul_(mask)).to(x.dtype)
+        return grad_y, grad_x, grad_A, grad_B, None, None, None

@@ -1,0 +1,279 @@
+"""attach: gradients → start pairs → slots, in one call; and its inverse, detach."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import AttachError, EvidenceError
+from rankwise.evidence import exact_gradients
+from rankwise.inits import Init
+from rankwise.layers import is_quantised, kind_of
+from rankwise.plan import plan
+from rankwise.shapes import Float
+from rankwise.sites import Site
+from rankwise.slots import (
+    adapter_layers,
+    adapter_name,
+    find_record,
+    host,
+    install,
+    set_active,
+    slots,
+    switched_off,
+    uninstall,
+)
+from rankwise.spec import LoRA
+from rankwise.variants import AdapterLayer, FoldedLora, FoldedLoraLayer, PairLayer, Variant
+
+log = logging.getLogger("rankwise")
+
+
+def attach(
+    model: nn.Module,
+    spec: LoRA,
+    *,
+    batches: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    evidence: Mapping[str, Any] | None = None,
+    name: str = "default",
+) -> nn.Module:
+    """Put a new adapter on ``model``, active and trainable, with the base frozen. The model's function is unchanged.
+
+    Args:
+        model: any module; it is changed in place (child modules and hooks on the adapted layers, nothing else).
+        spec: what to adapt and how.
+        batches: training batches for an init that needs gradients: dicts for ``model(**batch)`` whose output has
+            ``.loss``, or anything that ``loss(model, batch)`` takes.
+        evidence: what :func:`rankwise.gradients` returned, instead of ``batches``.
+        name: several named adapters may sit on one model; see :func:`activate`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError, SpecError: see :func:`rankwise.plan`. AttachError: the name is taken or malformed.
+        EvidenceError: the init needs batches and got none, a layer got no gradient, NaN. On any error the model is
+        left exactly as it was.
+
+    >>> import torch, rankwise as rw
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    >>> model = rw.attach(model, rw.LoRA(rank=2))
+    >>> sum(p.numel() for p in rw.trainable_parameters(model))
+    88
+    """
+    _check_name(model, name)
+    sites = plan(model, spec)
+    found = find_record(model)
+    owner = found[0] if found else model
+    if spec.anchor == "fold":
+        _check_foldable(owner, sites, found is not None)
+    with switched_off(model) if found else nullcontext():
+        seen = _evidence(owner, spec, sites, batches, loss, evidence)
+        built = {site.name: _build(owner.get_submodule(site.name), site, spec, seen.get(site.name)) for site in sites}
+    install(model, name, spec, built, trainable=True)
+    if spec.anchor == "fold":
+        _fold_starts(owner, built)
+    return model
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not name or "." in name:
+        raise AttachError(f"adapter name must be non-empty and without dots, found {name!r}")
+    found = find_record(model)
+    if found and found[1].merged:
+        raise AttachError("this model is merged: call rankwise.unmerge(model) or rankwise.detach(model) first")
+    if found and name in found[1].specs:
+        raise AttachError(
+            f"this model already carries an adapter {name!r}: give this one another name, or detach that one first"
+        )
+
+
+def _evidence(
+    model: nn.Module,
+    spec: LoRA,
+    sites: Iterable[Site],
+    batches: Iterable[Any] | None,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    evidence: Mapping[str, Any] | None,
+) -> Mapping[str, Any]:
+    """Site name → what the init needs; empty where it needs nothing."""
+    assert isinstance(spec.init, Init)
+    if spec.init.needs == "nothing":
+        return {}
+    names = [site.name for site in sites]
+    if evidence is not None:
+        missing = [n for n in names if n not in evidence]
+        if missing:
+            raise EvidenceError(f"evidence lacks {len(missing)} of {len(names)} sites, the first is {missing[0]!r}")
+        return evidence
+    if batches is None:
+        raise EvidenceError(
+            f"init {type(spec.init).__name__} starts from the data's {spec.init.needs}: pass batches=... "
+            f"(a few batches of the training data) or evidence=rankwise.gradients(...)"
+        )
+    return exact_gradients(model, {n: model.get_submodule(n) for n in names}, batches, loss)
+
+
+def site_generator(seed: int, site_name: str) -> torch.Generator:
+    """A CPU generator that depends on (seed, site name) only, so not on order or sharding."""
+    digest = hashlib.sha256(f"{seed}:{site_name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
+    """The layer's weight as one matrix [out, in], dequantised, in fp32 or finer (a view where it already is)."""
+    kind = kind_of(layer)
+    assert kind is not None
+    weight = kind.weight(layer)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+@torch.no_grad()
+def _build(layer: nn.Module, site: Site, spec: LoRA, seen: Any) -> AdapterLayer:
+    assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
+    kind = kind_of(layer)
+    assert kind is not None
+    weight = base_matrix(layer)
+    start = spec.init(weight, site, seen, site_generator(spec.seed, site.name))
+    variant = FoldedLora() if spec.anchor == "fold" else spec.variant
+    return variant.build(site, kind, weight, start, spec.dropout)
+
+
+def _check_foldable(model: nn.Module, sites: Iterable[Site], occupied: bool) -> None:
+    if occupied:
+        raise AttachError(
+            "anchor='fold' changes the base weights, so it must be the model's only adapter; detach first"
+        )
+    users: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(path)
+    for site in sites:
+        layer: Any = model.get_submodule(site.name)
+        if is_quantised(layer):
+            raise AttachError(f"{site.name}: anchor='fold' cannot write into a quantised weight; use anchor='frozen'")
+        if len(users[id(layer.weight)]) > 1:
+            raise AttachError(
+                f"{site.name}: anchor='fold' would change the tied {users[id(layer.weight)]}; use 'frozen'"
+            )
+
+
+@torch.no_grad()
+def _fold_starts(model: nn.Module, built: Mapping[str, AdapterLayer]) -> None:
+    """Put W₀ − sB₀A₀ in the place of W₀ and report what rounding cost."""
+    worst = 0.0
+    for path, adapter in built.items():
+        if not isinstance(adapter, FoldedLoraLayer):
+            continue
+        layer: Any = model.get_submodule(path)
+        base = base_matrix(layer)
+        folded = base.addmm(adapter.B, adapter.A, alpha=-adapter.scale)
+        rounded = adapter.kind.stored(layer, folded).to(layer.weight.dtype).contiguous()
+        slots(model)[path].original, layer.weight.data = layer.weight.data, rounded
+        start = adapter.kind.weight(layer).double().addmm(adapter.B.double(), adapter.A.double(), alpha=adapter.scale)
+        worst = max(worst, float((start - base).norm() / base.norm()))
+    log.warning("anchor='fold': rounding W₀ − sB₀A₀ moved the start by up to %.1e of ‖W₀‖ a layer", worst)
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take adapters off; without a name all of them. What is left is the pretrained model, bit for bit.
+
+    Also undoes :func:`rankwise.merge`. Returns the same model.
+
+    Raises:
+        AttachError: the model carries no adapter (of that name).
+    """
+    owner, record = host(model)
+    if name is not None and set(record.specs) != {adapter_name(model, name)}:
+        _detach_one(model, name)
+        return model
+    merged = [(path, slot.original if slot.original is not None else weight) for path, weight, slot in record.merged]
+    folded = [(path, slot.original) for path, slot in slots(owner).items() if slot.original is not None]
+    for path, weight in merged + folded:
+        layer: Any = owner.get_submodule(path)
+        layer.weight.data = weight
+    uninstall(model)
+    return model
+
+
+def _detach_one(model: nn.Module, name: str) -> None:
+    _, record = host(model)
+    for slot in slots(model).values():
+        slot.active = tuple(n for n in slot.active if n != name)
+        if name in slot.adapters:
+            del slot.adapters[name]
+    del record.specs[name], record.trainable[name]
+
+
+def activate(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
+    """Let the named adapter (or several, their changes added up) take part in the forward, and only it be trained.
+
+    Raises:
+        AttachError: no such adapter.
+    """
+    names = (name,) if isinstance(name, str) else tuple(name)
+    set_active(model, tuple(adapter_name(model, n) for n in names))
+    return model
+
+
+def disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """The pretrained model for a moment, exactly, even with a non-zero start: ``with disabled(model): ...``.
+
+    Raises:
+        AttachError: the model carries no adapter.
+    """
+    host(model)
+    return switched_off(model)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The tensors to hand an optimizer: those of the active adapters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One site's pair, live: it follows training.
+
+    Attributes:
+        name: the site's module path.
+        layer: the adapter layer that holds it.
+    """
+
+    name: str
+    layer: PairLayer
+
+    @property
+    def A(self) -> Float[Tensor, "r in"]:
+        """The effective A [r, in]: start + δ."""
+        return self.layer.A
+
+    @property
+    def B(self) -> Float[Tensor, "out r"]:
+        """The effective B [out, r]: start + δ."""
+        return self.layer.B
+
+    @property
+    def scale(self) -> float:
+        """s of ΔW = s(BA − B₀A₀)."""
+        return self.layer.scale
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The trained tensors behind A and B."""
+        return self.layer.lora_A, self.layer.lora_B
+
+
+def pairs(model: nn.Module, name: str | None = None) -> list[Pair]:
+    """The pairs of one adapter (the active one by default), in the model's order.
+
+    Raises:
+        AttachError: no such adapter, or none or several are active and no name is given.
+    """
+    layers = adapter_layers(model, adapter_name(model, name))
+    return [Pair(path, layer) for path, layer in layers.items() if isinstance(layer, PairLayer)]

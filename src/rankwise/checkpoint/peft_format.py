@@ -1,0 +1,244 @@
+"""PEFT's adapter directory: ``adapter_config.json`` + ``adapter_model.safetensors``, from and to an :class:`Adapter`.
+
+A run that started from a pair (A₀, B₀) is written as the plain rank-2r adapter [A; δA], [δB, B₀], exact on the clean
+base in every engine, with α chosen so that s is kept.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.adapter import Adapter, SiteAdapter
+from rankwise.checkpoint.files import read_json, read_tensors, write_json, write_tensors
+from rankwise.errors import (
+    BrokenFile,
+    MissingTensor,
+    NonFiniteTensor,
+    ShapeMismatch,
+    SpecError,
+    UnexpectedTensor,
+    UnsupportedAdapter,
+)
+from rankwise.lowrank import LowRank
+from rankwise.plan import pattern_value
+from rankwise.scaling import SCALINGS
+from rankwise.spec import LoRA
+
+CONFIG, TENSORS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "rankwise.json"
+PREFIX = "base_model.model."
+FORMAT_VERSION = 1
+
+
+def write_adapter(adapter: Adapter, directory: str | Path) -> None:
+    """Write an adapter as a PEFT directory, plus ``rankwise.json`` (its spec, and a probe of its base).
+
+    Raises:
+        NonFiniteTensor: the adapter holds NaN or infinity; nothing is written.
+    """
+    folder = Path(directory)
+    tensors: dict[str, Tensor] = {}
+    for path, site in adapter.sites.items():
+        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in _wire(site).items()}
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteTensor(f"{key} holds NaN or infinity, so {folder} was not written; the training diverged")
+    write_tensors(folder / TENSORS, tensors, {})
+    write_json(folder / EXTRA, _extra(adapter))
+    write_json(folder / CONFIG, _config(adapter))  # last: a directory without it is no adapter
+
+
+def _wire(site: SiteAdapter) -> dict[str, Tensor]:
+    """File suffix → tensor in PEFT's shapes."""
+    A, B = site.delta.A, site.delta.B
+    if site.kind == "embedding":
+        return {"lora_embedding_A": A, "lora_embedding_B": B, **site.extra}
+    if site.kind == "conv2d":
+        A, B = _conv_A(A, site.kernel, site.groups), B[:, :, None, None]
+    return {"lora_A.weight": A, "lora_B.weight": B, **site.extra}
+
+
+def _conv_A(A: Tensor, kernel: tuple[int, ...], groups: int) -> Tensor:
+    """[r, in/groups·kh·kw] as (groups·r, in, kh, kw): PEFT's lora_A sees all channels, so A stands once per group."""
+    filters = A.reshape(-1, *kernel)
+    blocks = filters.new_zeros(groups, filters.shape[0], groups, *kernel)
+    for group in range(groups):
+        blocks[group, :, group] = filters
+    return blocks.flatten(2, 3).flatten(0, 1)
+
+
+def _extra(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "spec": adapter.spec.to_dict(),
+        "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
+    }
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    spec = adapter.spec
+    ranks = {path: site.delta.rank * site.groups for path, site in adapter.sites.items()}
+    alphas = {path: _alpha(spec.scaling, site.delta.scale, ranks[path]) for path, site in adapter.sites.items()}
+    rank, alpha = _commonest(ranks), _commonest(alphas)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": adapter.base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(adapter.targets),
+        "exclude_modules": None,
+        "lora_dropout": float(spec.dropout),
+        "use_rslora": spec.scaling == "rslora",
+        "use_dora": any("lora_magnitude_vector" in site.extra for site in adapter.sites.values()),
+        "rank_pattern": {_exactly(path): r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(path): a for path, a in alphas.items() if a != alpha},
+        "fan_in_fan_out": all(site.kind == "conv1d" for site in adapter.sites.values()),
+        "bias": "none",
+        "modules_to_save": list(spec.modules_to_save) or None,
+        # Never "pissa" or "olora": a loader would redo the decomposition on the base.
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _alpha(scaling: str, scale: float, rank: int) -> float | int:
+    """The alpha with which this scaling gives ``scale`` at ``rank``; an integer where it is one."""
+    alpha = scale / SCALINGS[scaling].scale(1.0, rank)
+    nearest = round(alpha)
+    return nearest if nearest and math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _exactly(path: str) -> str:
+    """A pattern key that matches this module path and no other."""
+    return f"^{re.escape(path)}"
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+BASE_COPY = "base_layer"  # PEFT saves an adapted embedding's own weight along
+_SUFFIXES = rf"lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?|{BASE_COPY}\.weight"
+_KEY = re.compile(rf"(?P<path>.+)\.(?P<suffix>{_SUFFIXES})$")
+_DEFAULTS: dict[str, Any] = {  # fields that change what an adapter computes, with the one value that is read here
+    "lora_bias": False,
+    "megatron_config": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+}
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """The adapter in a PEFT directory, whoever wrote it.
+
+    Raises:
+        BrokenFile, UnsafeFile: the files are absent, truncated, malformed, or a pickle.
+        UnsupportedAdapter: not LoRA, or with parts that are not read here.
+        SpecError: rank or alpha that is not a positive number.
+        MissingTensor, UnexpectedTensor, ShapeMismatch, NonFiniteTensor: the tensors do not fit the configuration.
+    """
+    folder = Path(directory)
+    config = read_json(folder / CONFIG)
+    where = folder / CONFIG
+    _check_supported(where, config)
+    tensors = read_tensors(folder / TENSORS)
+    extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
+    spec = _spec(where, config)
+    parts = _by_site(folder / TENSORS, tensors)
+    sites = {path: _site(folder / TENSORS, path, found, spec) for path, found in parts.items()}
+    probes = {path: tuple(values) for path, values in extra.get("base_probe", {}).items()}
+    return Adapter(spec, sites, _targets(where, config), probes, config.get("base_model_name_or_path"))
+
+
+def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind is None:
+        raise BrokenFile(f"{where}: no peft_type; expected 'LORA': this is not an adapter's configuration")
+    if kind != "LORA":
+        raise UnsupportedAdapter(f"{where}: peft_type is {kind!r}; expected 'LORA'")
+    if config.get("bias", "none") != "none":
+        raise UnsupportedAdapter(f"{where}: bias is {config['bias']!r}; expected 'none' (trained biases are not read)")
+    for name, value in _DEFAULTS.items():
+        if config.get(name, value) not in (value, [], {}):
+            raise UnsupportedAdapter(f"{where}: {name} is {config[name]!r}; expected {value!r}")
+
+
+def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
+    try:
+        return LoRA(
+            rank=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            target_modules=config.get("target_modules") or "all-linear",
+            scaling="rslora" if config.get("use_rslora") else "lora",
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            modules_to_save=config.get("modules_to_save") or (),
+            dropout=config.get("lora_dropout") or 0.0,
+        )
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from None
+
+
+def _targets(where: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    targets = config.get("target_modules") or ()
+    return (targets,) if isinstance(targets, str) else tuple(targets)
+
+
+def _by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module path → file suffix → tensor."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key.removeprefix(PREFIX))
+        if match is None:
+            raise UnexpectedTensor(f"{where}: {key} {tuple(tensor.shape)} belongs to no adapter site; it is not read")
+        found.setdefault(match["path"], {})[match["suffix"].removesuffix(".weight")] = tensor
+    if not found:
+        raise MissingTensor(f"{where}: holds no tensors; expected lora_A and lora_B of at least one module")
+    return found
+
+
+def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA) -> SiteAdapter:
+    embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+    name_A, name_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    for name, other in ((name_A, name_B), (name_B, name_A)):
+        if name not in found:
+            raise MissingTensor(f"{where}: {path} has {other} but no {name}; expected both halves of the pair")
+    A, B = found.pop(name_A), found.pop(name_B)
+    rank = pattern_value(spec.rank_pattern, path, spec.rank)
+    _check_pair(where, path, A, B, rank)
+    scale = spec.scale(rank, pattern_value(spec.alpha_pattern, path, spec.alpha))
+    delta = LowRank(_wide(B.flatten(1)), _wide(A.flatten(1)), scale)
+    kind = "embedding" if embedding else "conv2d" if A.dim() == 4 else "linear"
+    return SiteAdapter(kind, delta, tuple(A.shape[1:]) if A.dim() == 4 else (), _groups(rank, B), found)
+
+
+def _groups(rank: int, B: Tensor) -> int:
+    """A grouped convolution's B has rank/groups columns."""
+    return rank // B.shape[1]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In fp32 or finer, as the pair is held in memory."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check_pair(where: Path, path: str, A: Tensor, B: Tensor, rank: int) -> None:
+    fits = A.dim() == B.dim() and A.dim() in (2, 4) and A.shape[0] == rank
+    fits = fits and (B.shape[1] == rank or (A.dim() == 4 and B.shape[1] > 0 and rank % B.shape[1] == 0))
+    if not fits or not A.is_floating_point() or not B.is_floating_point():
+        raise ShapeMismatch(
+            f"{where}: {path}: lora_A {tuple(A.shape)} {A.dtype} and lora_B {tuple(B.shape)} {B.dtype} do not make a "
+            f"pair of rank {rank}, which {CONFIG} gives; expected ({rank}, in) and (out, {rank})"
+        )

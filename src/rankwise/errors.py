@@ -1,0 +1,115 @@
+"""The error tree. Every error names the place, what was expected, what was found and what to do.
+
+RankwiseError
+├── SpecError               a LoRA(...) field is out of range, or its parts do not go together
+├── TargetError             target, exclude or pattern names that fit no module, or only in part
+├── AttachError             the model is not in the state the call needs (name taken, unknown, absent)
+│   └── SiteNeverFired      an adapted layer's forward was bypassed
+├── EvidenceError           an initialisation did not get what it must have seen
+│   ├── NoGradient          a layer got no gradient
+│   └── NonFiniteGradient   a gradient or the loss was NaN or infinite
+├── CheckpointError         an adapter directory cannot be trusted or does not fit
+│   ├── MissingTensor · UnexpectedTensor · ShapeMismatch · NonFiniteTensor
+│   ├── BrokenFile          truncated, not safetensors, not JSON
+│   ├── UnsupportedAdapter  well-formed, but of a kind that is not read here
+│   ├── UnsafeFile          pickle: refused, never opened
+│   └── BaseMismatch        written for another base model
+├── MergeError              folding would lose or corrupt something
+├── PretrainedError         no pretrained model can be loaded under that name
+├── DataError               training data that cannot be used
+│   └── NoTrainableTokens   every label is masked
+├── RecipeError             a recipe key or value that is not known
+└── TrainingError           a run that cannot go on (loss not finite, unreadable state)
+"""
+
+
+class RankwiseError(Exception):
+    """Root of all errors raised on purpose by rankwise."""
+
+
+class SpecError(RankwiseError, ValueError):
+    """A field of ``LoRA(...)`` is out of range, or parts that do not go together."""
+
+
+class TargetError(RankwiseError, ValueError):
+    """``target_modules``, ``exclude_modules`` or a pattern fits no module, or only in part."""
+
+
+class AttachError(RankwiseError, RuntimeError):
+    """The model is not in the state that the call needs."""
+
+
+class SiteNeverFired(AttachError):
+    """An adapted layer's forward was bypassed, so its adapter would train on nothing."""
+
+
+class EvidenceError(RankwiseError, RuntimeError):
+    """An initialisation did not get what it must have seen."""
+
+
+class NoGradient(EvidenceError):
+    """A layer got no gradient from the given batches."""
+
+
+class NonFiniteGradient(EvidenceError):
+    """A gradient, or the loss it comes from, was NaN or infinite."""
+
+
+class CheckpointError(RankwiseError):
+    """An adapter directory cannot be trusted or does not fit."""
+
+
+class MissingTensor(CheckpointError):
+    """A tensor that the configuration promises is not in the file."""
+
+
+class UnexpectedTensor(CheckpointError):
+    """The file holds a tensor that no site of the adapter accounts for."""
+
+
+class ShapeMismatch(CheckpointError):
+    """A tensor's shape does not follow from the configuration and the model."""
+
+
+class NonFiniteTensor(CheckpointError):
+    """A tensor holds NaN or infinity."""
+
+
+class BrokenFile(CheckpointError):
+    """A file is absent, truncated, or not what its name says."""
+
+
+class UnsupportedAdapter(CheckpointError):
+    """A well-formed adapter of a kind that is not read here."""
+
+
+class UnsafeFile(CheckpointError):
+    """A pickle file: refused, never opened."""
+
+
+class BaseMismatch(CheckpointError):
+    """The adapter was written for another base model."""
+
+
+class MergeError(RankwiseError, RuntimeError):
+    """Folding would lose or corrupt something."""
+
+
+class PretrainedError(RankwiseError):
+    """No pretrained model can be loaded under that name."""
+
+
+class DataError(RankwiseError, ValueError):
+    """Training data that cannot be used."""
+
+
+class NoTrainableTokens(DataError):
+    """Every label is masked: the loss would be zero over nothing."""
+
+
+class RecipeError(RankwiseError, ValueError):
+    """A recipe key or value that is not known."""
+
+
+class TrainingError(RankwiseError, RuntimeError):
+    """A run that cannot go on."""

@@ -1,0 +1,229 @@
+"""The kinds of layer that carry an adapter, each with its weight seen as one matrix [out, in].
+
+Everything else in the library works on that matrix: a Conv1D's and an Embedding's weight is transposed, a Conv2d's is
+flattened to [out, in·kh·kw]. ``lora_A`` is [r, in] and ``lora_B`` [out, r] for all of them.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankwise.add_low_rank import add_low_rank
+from rankwise.shapes import Float, Shaped
+
+
+class Kind(ABC):
+    """How a kind of layer stores its weight and how a low-rank term is added to its output. Stateless."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """(out, in) of the weight as one matrix."""
+
+    @abstractmethod
+    def matrix(self, layer: Any, stored: Tensor) -> Shaped[Tensor, "out in"]:
+        """A tensor in the layout of ``layer.weight`` as one matrix: a view."""
+
+    def weight(self, layer: Any) -> Shaped[Tensor, "out in"]:
+        """The weight as one matrix: a view, or dequantised."""
+        return self.matrix(layer, layer.weight.detach())
+
+    @abstractmethod
+    def stored(self, layer: Any, matrix: Shaped[Tensor, "out in"]) -> Tensor:
+        """A matrix [out, in] in the layout of ``layer.weight``; the inverse of :meth:`matrix`: a view."""
+
+    @abstractmethod
+    def add(
+        self,
+        layer: Any,
+        x: Tensor,
+        y: Tensor,
+        A: Float[Tensor, "r in"],
+        B: Float[Tensor, "out r"],
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        """y + scale · B A applied to dropout(x); may write into y."""
+
+    @abstractmethod
+    def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Float[Tensor, "out in"]:
+        """dL/dW as one matrix from the layer's input and the gradient of its output, in fp32 or finer."""
+
+    def kernel(self, layer: Any) -> tuple[int, ...]:
+        """The axes that ``in`` unfolds to: () for a matrix, (in/groups, kh, kw) for a convolution."""
+        return ()
+
+    def groups(self, layer: Any) -> int:
+        """How many independent groups of channels share A."""
+        return 1
+
+
+class _MatmulKind(Kind):
+    """Layers that compute x Wᵀ + b on the last axis."""
+
+    def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        return add_low_rank(y, x, A, B, scale, dropout)
+
+    def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
+        dtype = torch.promote_types(grad_y.dtype, torch.float32)
+        return grad_y.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
+
+
+class LinearKind(_MatmulKind):
+    """torch.nn.Linear and its quantised subclasses; weight [out, in]."""
+
+    name = "linear"
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        return layer.out_features, layer.in_features
+
+    def matrix(self, layer: Any, stored: Tensor) -> Tensor:
+        return stored
+
+    def weight(self, layer: Any) -> Tensor:
+        return dequantised(layer)
+
+    def stored(self, layer: Any, matrix: Tensor) -> Tensor:
+        return matrix
+
+
+class Conv1DKind(_MatmulKind):
+    """transformers' Conv1D (GPT-2): a linear layer with its weight stored [in, out]."""
+
+    name = "conv1d"
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    def matrix(self, layer: Any, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def stored(self, layer: Any, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+
+class EmbeddingKind(Kind):
+    """torch.nn.Embedding: weight [vocab, dim] is the transpose of the matrix [dim, vocab] that acts on one-hot ids."""
+
+    name = "embedding"
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        return layer.embedding_dim, layer.num_embeddings
+
+    def matrix(self, layer: Any, stored: Tensor) -> Tensor:
+        return stored.T
+
+    def stored(self, layer: Any, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        # Ids have no elements to drop, so dropout does not apply.
+        h = F.embedding(x, A.T.to(y.dtype))
+        return y + F.linear(h, B.to(y.dtype)) * (scale * self._output_scale(layer))
+
+    def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
+        dtype = torch.promote_types(grad_y.dtype, torch.float32)
+        rows = torch.zeros(layer.num_embeddings, layer.embedding_dim, dtype=dtype, device=grad_y.device)
+        rows.index_add_(0, x.flatten(), grad_y.flatten(0, -2).to(dtype))
+        return rows.mul_(self._output_scale(layer)).T
+
+    @staticmethod
+    def _output_scale(layer: Any) -> Any:
+        """Gemma's embeddings multiply what they look up; the low-rank term must be multiplied too."""
+        return getattr(layer, "embed_scale", 1.0)
+
+
+class Conv2dKind(Kind):
+    """torch.nn.Conv2d; weight [out, in/groups, kh, kw] seen as [out, in/groups·kh·kw].
+
+    With groups, every group has the same A and its own rows of B, so that ΔW is again a grouped convolution.
+    """
+
+    name = "conv2d"
+
+    def shape(self, layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[0], layer.weight[0].numel()
+
+    def matrix(self, layer: Any, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def stored(self, layer: Any, matrix: Tensor) -> Tensor:
+        return matrix.view(layer.weight.shape)
+
+    def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        x = F.dropout(x.to(y.dtype), dropout)
+        return y + scale * self._up(layer, self._down(layer, x, A.to(y.dtype)), B.to(y.dtype))
+
+    def _down(self, layer: Any, x: Tensor, A: Tensor) -> Tensor:
+        """[n, in, h, w] → [n, groups·r, h', w']."""
+        kernel = A.reshape(-1, *layer.weight.shape[1:])
+        padding = 0
+        if layer.padding_mode == "zeros":
+            padding = layer.padding
+        else:  # reflect, replicate, circular: pad as the layer itself does
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        batched = x if x.dim() == 4 else x[None]
+        count = int(layer.groups)
+        every_group = batched.reshape(-1, batched.shape[1] // count, *batched.shape[2:])  # through the same A
+        h = F.conv2d(every_group, kernel, None, layer.stride, padding, layer.dilation)
+        h = h.reshape(-1, count * h.shape[1], *h.shape[2:])
+        return h if x.dim() == 4 else h[0]
+
+    def _up(self, layer: Any, h: Tensor, B: Tensor) -> Tensor:
+        return F.conv2d(h, B[:, :, None, None], groups=int(layer.groups))
+
+    def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
+        dtype = torch.promote_types(grad_y.dtype, torch.float32)
+        zero = torch.zeros(layer.weight.shape, dtype=dtype, device=x.device, requires_grad=True)
+        with torch.enable_grad():
+            y = layer._conv_forward(x.detach().to(dtype), zero, None)
+        (grad,) = torch.autograd.grad(y, zero, grad_y.to(dtype))
+        return grad.flatten(1)
+
+    def kernel(self, layer: Any) -> tuple[int, ...]:
+        return tuple(layer.weight.shape[1:])
+
+    def groups(self, layer: Any) -> int:
+        return int(layer.groups)
+
+
+LINEAR, CONV1D, EMBEDDING, CONV2D = LinearKind(), Conv1DKind(), EmbeddingKind(), Conv2dKind()
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The kind of a layer, or None where no adapter can go."""
+    if isinstance(layer, nn.Linear):
+        return LINEAR
+    if isinstance(layer, nn.Embedding):
+        return EMBEDDING
+    if isinstance(layer, nn.Conv2d):
+        return CONV2D
+    if ("transformers.pytorch_utils", "Conv1D") in {(c.__module__, c.__name__) for c in type(layer).__mro__}:
+        return CONV1D  # by name: the core does not import transformers
+    return None
+
+
+def is_quantised(layer: Any) -> bool:
+    """Whether the layer's weight is stored in another form than plain floating point numbers."""
+    weight = layer.weight
+    return not weight.is_floating_point() or type(weight.data) is not Tensor
+
+
+def dequantised(layer: Any) -> Tensor:
+    """A linear layer's weight [out, in] in floating point; a view of the parameter where it is not quantised."""
+    weight = layer.weight
+    if not is_quantised(layer):
+        plain: Tensor = weight.detach()
+        return plain
+    backend = type(weight).__module__.partition(".")[0]
+    if backend == "bitsandbytes":
+        functional = importlib.import_module("bitsandbytes.functional")
+        if type(weight).__name__ == "Params4bit":
+            return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        return functional.int8_vectorwise_dequant(weight.CB, weight.SCB)  # type: ignore[no-any-return]
+    return weight.detach().dequantize()  # type: ignore[no-any-return]

@@ -1,0 +1,136 @@
+"""merge: fold the active adapters into the base weights, in fp32, and say what survived rounding."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import MergeError
+from rankwise.layers import is_quantised
+from rankwise.slots import Slot, host, put_slot, remove_slot, slots, uninstall
+
+
+@dataclass(frozen=True)
+class SiteMerge:
+    """What folding did at one site.
+
+    Attributes:
+        change: ‖ΔW‖_F in fp32.
+        relative_change: ‖ΔW‖_F / ‖W₀‖_F.
+        lost: ‖(W' − W₀) − ΔW‖_F / ‖ΔW‖_F, the share of the change that rounding to the weight's dtype swallowed.
+    """
+
+    change: float
+    relative_change: float
+    lost: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """Site name → what folding did there; prints as a summary."""
+
+    sites: Mapping[str, SiteMerge]
+
+    @property
+    def worst(self) -> str:
+        """The site that lost the largest share of its change."""
+        return max(self.sites, key=lambda name: self.sites[name].lost)
+
+    def __str__(self) -> str:
+        losses = sorted(site.lost for site in self.sites.values())
+        return (
+            f"merged {len(self.sites)} sites; rounding lost {losses[len(losses) // 2]:.2%} of the change at the median "
+            f"site, {losses[-1]:.2%} at the worst ({self.worst})"
+        )
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
+    """Fold the active adapters into the base: the model is plain again, with no cost left at inference.
+
+    Args:
+        keep_base: hold on to the pretrained weights, so that ``unmerge`` or ``detach`` restore them bit for bit. False
+            frees them and forgets the adapters.
+
+    Raises:
+        MergeError: NaN or infinity in a folded weight, a quantised base, or a weight that another module shares. The
+            model is then left as it was.
+        AttachError: the model carries no adapter.
+    """
+    owner, record = host(model)
+    if record.merged:
+        raise MergeError("this model is merged already: call rankwise.unmerge or rankwise.detach first")
+    active = {path: slot for path, slot in slots(owner).items() if slot.active and slot.enabled}
+    if not active:
+        raise MergeError("no adapter is active, so there is nothing to merge: call rankwise.activate(model, name)")
+    _check_unshared(owner, active)
+    folded = {path: _fold(owner.get_submodule(path), slot) for path, slot in active.items()}
+    for path, slot in slots(owner).items():
+        layer: Any = owner.get_submodule(path)
+        record.merged.append((path, layer.weight.data, slot))
+        if path in folded:
+            layer.weight.data = folded[path][0]
+        elif slot.original is not None:
+            layer.weight.data = slot.original
+        remove_slot(layer)
+    if not keep_base:
+        uninstall(owner)
+    return MergeReport({path: report for path, (_, report) in folded.items()})
+
+
+def _check_unshared(model: nn.Module, active: Mapping[str, Slot]) -> None:
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for path in active:
+        layer: Any = model.get_submodule(path)
+        if is_quantised(layer):
+            raise MergeError(
+                f"{path}: its weight is quantised ({type(layer).__name__}); expected a floating point weight: "
+                f"load the base in bf16 or fp32 and the adapter on top, then merge"
+            )
+        shared = users[id(layer.weight)]
+        if len(shared) > 1:
+            raise MergeError(
+                f"{path}: its weight is shared by {', '.join(shared)}, so folding would change them all; "
+                f"untie them first"
+            )
+
+
+def _fold(layer: Any, slot: Slot) -> tuple[Tensor, SiteMerge]:
+    """The folded weight in the layer's layout and dtype, and what rounding did to it."""
+    adapters = [slot.layers()[name] for name in slot.active]
+    kind = adapters[0].kind
+    stored = layer.weight.data if slot.original is None else slot.original
+    base = kind.matrix(layer, stored)
+    base = base.to(torch.promote_types(base.dtype, torch.float32))
+    change = adapters[0].change(base)
+    for adapter in adapters[1:]:
+        change += adapter.change(base)
+    rounded = (base + change).to(stored.dtype)
+    size = float(change.norm())
+    if not math.isfinite(size):
+        raise MergeError(f"{slot.site_name}: the adapter's change holds NaN or infinity; expected finite numbers")
+    lost = float(change.sub_(rounded).add_(base).norm())
+    report = SiteMerge(size, size / max(float(base.norm()), 1e-30), lost / size if size else 0.0)
+    return kind.stored(layer, rounded).contiguous(), report
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo :func:`merge`: the base weights bit for bit, and the adapters in their slots again.
+
+    Raises:
+        MergeError: the model is not merged. AttachError: it carries no adapter.
+    """
+    owner, record = host(model)
+    if not record.merged:
+        raise MergeError("this model is not merged")
+    for path, weight, slot in record.merged:
+        layer: Any = owner.get_submodule(path)
+        layer.weight.data = weight
+        put_slot(layer, slot)
+    record.merged.clear()
+    return model

@@ -1,0 +1,177 @@
+"""plan: which modules a spec adapts, with which rank and scale. Pure: nothing is changed."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch import nn
+
+from rankwise.errors import SpecError, TargetError
+from rankwise.layers import EmbeddingKind, kind_of
+from rankwise.registry import nearest
+from rankwise.sites import Site
+from rankwise.spec import LoRA
+
+T = TypeVar("T")
+
+
+class Plan(list[Site]):
+    """The sites of a spec on a model, in the model's order; prints as a table."""
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in all."""
+        return sum(site.parameters for site in self)
+
+    def __str__(self) -> str:
+        rows = [("site", "kind", "out × in", "rank", "scale", "parameters")]
+        rows += [
+            (s.name, s.kind, f"{s.shape[0]} × {s.shape[1]}", str(s.rank), f"{s.scale:.4g}", f"{s.parameters:,}")
+            for s in self
+        ]
+        rows.append((f"{len(self)} sites", "", "", "", "", f"{self.parameters:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+
+
+@runtime_checkable
+class _HasOutputHead(Protocol):
+    """transformers' models say which module is their output head."""
+
+    def get_output_embeddings(self) -> Any: ...
+
+
+def plan(model: nn.Module, spec: LoRA) -> Plan:
+    """The sites that ``spec`` adapts on ``model``: the dry run of ``attach``.
+
+    Raises:
+        TargetError: a target matches nothing, only in part, or a module that cannot carry an adapter; a pattern in
+            ``rank_pattern``, ``alpha_pattern`` or ``exclude_modules`` matches no target.
+        SpecError: a rank that the site or the init cannot serve.
+    """
+    chosen = target_layers(model, spec.target_modules, spec.exclude_modules, spec.modules_to_save)
+    _check_patterns("rank_pattern", spec.rank_pattern, chosen)
+    _check_patterns("alpha_pattern", spec.alpha_pattern, chosen)
+    sites = Plan(_site(name, layer, spec) for name, layer in chosen.items())
+    for site in sites:
+        if site.rank > min(site.shape):
+            raise SpecError(
+                f"{site.name}: rank {site.rank} is larger than min(out, in) = {min(site.shape)} of its "
+                f"{site.shape[0]} × {site.shape[1]} weight; lower rank, or set it for this module in rank_pattern"
+            )
+        spec.init.check(site)  # type: ignore[union-attr]
+    return sites
+
+
+def _site(name: str, layer: nn.Module, spec: LoRA) -> Site:
+    kind = kind_of(layer)
+    assert kind is not None
+    rank = pattern_value(spec.rank_pattern, name, spec.rank)
+    alpha = pattern_value(spec.alpha_pattern, name, spec.alpha)
+    return Site(name, kind.name, kind.shape(layer), rank, spec.scale(rank, alpha))
+
+
+def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """The value of the first key that matches the end of a module path, as PEFT matches it."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def target_layers(
+    model: nn.Module,
+    targets: str | Iterable[str] = "all-linear",
+    excluded: str | Iterable[str] = (),
+    saved_whole: Iterable[str] = (),
+) -> dict[str, nn.Module]:
+    """Module path → layer for the chosen targets, in the model's order; a shared module counts once.
+
+    Raises:
+        TargetError: see :func:`plan`.
+    """
+    modules = dict(model.named_modules())
+    saved = {name for name in modules for keep in saved_whole if _under(keep, name)}
+    matched = _select(modules, targets, _output_heads(model))
+    left_out = _matches("exclude_modules", modules, excluded) if excluded else set()
+    chosen = {name: modules[name] for name in matched if name not in left_out and name not in saved}
+    if not chosen:
+        raise TargetError(f"target_modules {targets!r} leaves no module to adapt after exclude_modules {excluded!r}")
+    return chosen
+
+
+def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: set[int]) -> list[str]:
+    if targets == "all-linear":
+        found = [n for n, m in modules.items() if _is_linear(m) and id(m) not in heads]
+        if not found:
+            raise TargetError("target_modules 'all-linear' matches nothing: the model has no linear layer but its head")
+        return found
+    matched = _matches("target_modules", modules, targets)
+    for name in matched:
+        if kind_of(modules[name]) is None:
+            raise TargetError(
+                f"target_modules matches {name!r}, a {type(modules[name]).__name__}, which cannot carry an adapter; "
+                f"expected Linear, Conv1D, Conv2d or Embedding: name layers inside it"
+            )
+    return [name for name in modules if name in matched]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.name in ("linear", "conv1d")
+
+
+def _output_heads(model: nn.Module) -> set[int]:
+    """Ids of output heads: what transformers calls one, and any linear layer that shares an embedding's weight."""
+    heads = {id(m.get_output_embeddings()) for m in model.modules() if isinstance(m, _HasOutputHead)}
+    tables = {id(m.weight) for m in model.modules() if isinstance(kind_of(m), EmbeddingKind)}
+    return heads | {id(m) for m in model.modules() if _is_linear(m) and id(m.weight) in tables}
+
+
+def _under(keep: str, name: str) -> bool:
+    """Whether a module path is, or lies below, a module that a suffix names."""
+    return f".{keep}." in f".{name}."
+
+
+def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:
+    """Paths that a regular expression matches whole, or that a list of (last parts of) names matches."""
+    if isinstance(patterns, str):
+        try:
+            found = {name for name in modules if re.fullmatch(patterns, name)}
+        except re.error as error:
+            raise TargetError(f"{field} {patterns!r} is not a regular expression: {error}") from None
+        if not found:
+            raise TargetError(
+                f"{field} {patterns!r} matches no module as a regular expression of the whole path; "
+                f"for module names give a list such as [{patterns!r}]; the model has {_examples(modules)}"
+            )
+        return found
+    hits = {p: {name for name in modules if name == p or name.endswith(f".{p}")} for p in patterns}
+    missing = [p for p, names in hits.items() if not names]
+    if missing:
+        known = {name.rpartition(".")[2] for name in modules if kind_of(modules[name])}
+        hints = "".join(nearest(p, known) for p in missing[:1])
+        matched = [p for p in hits if p not in missing]
+        raise TargetError(
+            f"{field}: {', '.join(map(repr, missing))} match no module"
+            + (f" (while {', '.join(map(repr, matched))} do)" if matched else "")
+            + f"{hints}; the model has {_examples(modules)}"
+        )
+    return set().union(*hits.values()) if hits else set()
+
+
+def _examples(modules: dict[str, nn.Module]) -> str:
+    names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if kind_of(m)))
+    return f"adaptable modules named {', '.join(names[:12])}" if names else "no adaptable module"
+
+
+def _check_patterns(field: str, pattern: Mapping[str, Any], chosen: Iterable[str]) -> None:
+    for key in pattern:
+        try:
+            used = any(re.match(rf"(.*\.)?({key})$", name) for name in chosen)
+        except re.error as error:
+            raise TargetError(f"{field} key {key!r} is not a regular expression: {error}") from None
+        if not used:
+            raise TargetError(f"{field} key {key!r} matches none of the adapted modules")

@@ -1,0 +1,43 @@
+"""Site: one place that an adapter goes to. Start: the pair that its training starts from."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rankwise.shapes import Float
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that an adapter goes to.
+
+    Attributes:
+        name: module path in the model.
+        kind: "linear", "conv1d", "conv2d" or "embedding".
+        shape: (out, in) of the weight seen as one matrix.
+        rank, scale: of ΔW = scale · B A.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers of a plain pair here: r (out + in)."""
+        return self.rank * sum(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The pair (A₀, B₀) that training starts from. Where both are non-zero a frozen copy cancels it."""
+
+    A: Float[Tensor, "r in"]
+    B: Float[Tensor, "out r"]
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether B₀A₀ is non-zero, so that something must cancel it."""
+        return bool(self.A.any()) and bool(self.B.any())

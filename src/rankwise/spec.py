@@ -1,0 +1,152 @@
+"""``LoRA(...)``: what to adapt and how, validated when it is made."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from rankwise.errors import SpecError
+from rankwise.inits import INITS, Init
+from rankwise.registry import as_plain, name_of, nearest, resolve
+from rankwise.scaling import SCALINGS
+from rankwise.variants import VARIANTS, Variant
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """An adapter's specification.
+
+    Attributes:
+        rank: r of ΔW = s·B A.
+        alpha: numerator of the scale s.
+        target_modules: "all-linear" (every linear layer but the output head), a list of module names (a name or its
+            last parts), or a regular expression that matches the whole module path.
+        exclude_modules: names (or one regular expression) that are left out again.
+        init: a name from ``rankwise.inits.INITS``, such as "lora-ga", or an object: ``inits.LoraGA(scale="gd")``.
+        scaling: "lora" s = α/r, "rslora" s = α/√r.
+        variant: a name from ``rankwise.variants.VARIANTS`` or an object from there.
+        dropout: probability that an element of the adapter's input is dropped in training.
+        rank_pattern, alpha_pattern: per-module values; a key is a regular expression for the last parts of the path.
+        modules_to_save: modules trained whole and saved beside the adapter, such as a new classification head.
+        anchor: "frozen" keeps W₀ untouched and a frozen copy of a non-zero start; "fold" subtracts the start from the
+            base weights instead (r columns a forward instead of 2r; rounding costs what ``attach`` then reports).
+        seed: of the random starts; each site derives its own from it and its name.
+
+    Raises:
+        SpecError: a field is out of range, unknown, or of the wrong type.
+
+    >>> LoRA(rank=4, init="pissa").to_dict()["init"]
+    'pissa'
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
+    init: str | Mapping[str, Any] | Init = "kaiming"
+    scaling: Literal["lora", "rslora"] = "lora"
+    variant: str | Mapping[str, Any] | Variant = "lora"
+    dropout: float = 0.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    anchor: Literal["frozen", "fold"] = "frozen"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_rank("rank", self.rank)
+        _check_alpha("alpha", self.alpha)
+        self._freeze("target_modules", _names("target_modules", self.target_modules))
+        self._freeze("exclude_modules", _names("exclude_modules", self.exclude_modules))
+        self._freeze("modules_to_save", _names("modules_to_save", self.modules_to_save))
+        self._freeze("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
+        self._freeze("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
+        self._freeze("init", resolve(INITS, self.init, "init"))
+        self._freeze("variant", resolve(VARIANTS, self.variant, "variant"))
+        _check_choice("scaling", self.scaling, SCALINGS)
+        _check_choice("anchor", self.anchor, ("frozen", "fold"))
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise SpecError(f"dropout must be at least 0 and below 1, found {self.dropout!r}")
+        if type(self.seed) is not int:
+            raise SpecError(f"seed must be an integer, found {self.seed!r}")
+        if self.anchor == "fold" and name_of(VARIANTS, self.variant) != "lora":
+            raise SpecError("anchor='fold' goes with variant='lora' only; leave anchor='frozen'")
+
+    def _freeze(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """s for this rank and alpha."""
+        return SCALINGS[self.scaling].scale(alpha, rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON, YAML) from which :meth:`from_dict` makes an equal spec."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain["init"] = as_plain(INITS, self.init)
+        plain["variant"] = as_plain(VARIANTS, self.variant)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            plain[name] = plain[name] if isinstance(plain[name], str) else list(plain[name])
+        for name in ("rank_pattern", "alpha_pattern"):
+            plain[name] = dict(plain[name])
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "LoRA":
+        """The spec that :meth:`to_dict` wrote.
+
+        Raises:
+            SpecError: an unknown key (the nearest known one is offered) or a value out of range.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in plain:
+            if key not in known:
+                raise SpecError(f"unknown key {key!r}, known: {', '.join(known)}{nearest(str(key), known)}")
+        return cls(**plain)
+
+    def __reduce__(self) -> Any:
+        # A read-only mapping cannot be pickled or deep-copied, its plain form can.
+        return LoRA.from_dict, (self.to_dict(),)
+
+    def __hash__(self) -> int:
+        return hash(repr(sorted(self.to_dict().items())))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _check_rank(name: str, value: object) -> None:
+    if type(value) is not int or value <= 0:
+        raise SpecError(f"{name} must be a positive integer, found {value!r}")
+
+
+def _check_alpha(name: str, value: object) -> None:
+    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+        raise SpecError(f"{name} must be a positive finite number, found {value!r}")
+
+
+def _check_choice(name: str, value: object, known: Any) -> None:
+    if value not in known:
+        raise SpecError(f"{name} must be one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}")
+
+
+def _names(field_name: str, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        if not value:
+            raise SpecError(f"{field_name} is an empty string; name modules or leave it at its default")
+        return value
+    if isinstance(value, Sequence | set | frozenset) and all(isinstance(item, str) and item for item in value):
+        names = sorted(value) if isinstance(value, set | frozenset) else list(value)
+        if field_name == "target_modules" and not names:
+            raise SpecError("target_modules is an empty list; name modules or use 'all-linear'")
+        return tuple(dict.fromkeys(names))
+    raise SpecError(f"{field_name} must be a string or a list of non-empty strings, found {value!r}")
+
+
+def _pattern(field_name: str, value: Any, check: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{field_name} must map a module pattern to a number, found {value!r}")
+    for key, item in value.items():
+        check(f"{field_name}[{key!r}]", item)
+    return MappingProxyType(dict(value))

@@ -1,0 +1,105 @@
+"""What a variant is: an options object that builds one site's adapter layer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.layers import Kind
+from rankwise.lowrank import LowRank
+from rankwise.shapes import Float
+from rankwise.sites import Site, Start
+
+
+class AdapterLayer(nn.Module, ABC):
+    """One adapter at one site: ``adapt`` adds it to the frozen layer's output, ``fold`` defines what it means.
+
+    Law: adapt(layer, x, layer(x)) is what the layer with weight fold(W₀) makes of x.
+    """
+
+    def __init__(self, site: Site, kind: Kind, dropout: float) -> None:
+        super().__init__()
+        self.site = site
+        self.kind = kind
+        self.dropout = dropout
+
+    @property
+    def scale(self) -> float:
+        """s of ΔW = s(BA − B₀A₀)."""
+        return self.site.scale
+
+    @property
+    def active_dropout(self) -> float:
+        """The probability in force now: 0 outside training."""
+        return self.dropout if self.training else 0.0
+
+    @abstractmethod
+    def delta(self) -> LowRank:
+        """The low-rank change s(BA − B₀A₀); what else the variant does to the weight is in :meth:`change`."""
+
+    @abstractmethod
+    def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The adapted output, from the layer's input x and its own output y (which may be written into)."""
+
+    @abstractmethod
+    def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """What the adapter adds to the weight W₀, dense, in W₀'s dtype."""
+
+    def fold(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The weight that alone does what layer and adapter do together; a new tensor."""
+        return weight + self.change(weight)
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """What an adapter file holds for this site beside the pair, by the file's suffix."""
+        return {}
+
+    def extra_repr(self) -> str:
+        out, into = self.site.shape
+        return f"{self.site.kind} {out}×{into}, rank={self.site.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class PairLayer(AdapterLayer):
+    """An adapter layer with a trained pair, and the frozen start that cancels it where both halves are non-zero.
+
+    Attributes:
+        lora_A [r, in], lora_B [out, r]: the trained tensors. With an anchor they are δA, δB, zero at the start.
+        start_A, start_B: the anchor A₀, B₀, or None. Without one, one half of the start is zero and trained in place.
+    """
+
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(self, site: Site, kind: Kind, dropout: float, start: Start, *, anchored: bool) -> None:
+        super().__init__(site, kind, dropout)
+        self.register_buffer("start_A", start.A.clone() if anchored else None)
+        self.register_buffer("start_B", start.B.clone() if anchored else None)
+        trained = torch.zeros_like if anchored else torch.clone
+        self.lora_A = nn.Parameter(trained(start.A).contiguous())
+        self.lora_B = nn.Parameter(trained(start.B).contiguous())
+
+    @property
+    def A(self) -> Float[Tensor, "r in"]:
+        """The effective A = A₀ + δA."""
+        return self.lora_A if self.start_A is None else self.start_A + self.lora_A
+
+    @property
+    def B(self) -> Float[Tensor, "out r"]:
+        """The effective B = B₀ + δB."""
+        return self.lora_B if self.start_B is None else self.start_B + self.lora_B
+
+
+class Variant(ABC):
+    """The options of a variant (frozen dataclass fields); builds its layers."""
+
+    @abstractmethod
+    def build(
+        self, site: Site, kind: Kind, weight: Float[Tensor, "out in"], start: Start, dropout: float
+    ) -> AdapterLayer:
+        """One site's adapter layer for a new adapter, in the dtype and on the device of the start pair."""
+
+    @abstractmethod
+    def restore(
+        self, site: Site, kind: Kind, weight: Float[Tensor, "out in"], delta: LowRank, extra: Mapping[str, Tensor]
+    ) -> AdapterLayer:
+        """One site's adapter layer from what :meth:`AdapterLayer.delta` and ``extra_tensors`` gave a file."""

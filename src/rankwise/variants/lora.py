@@ -1,0 +1,59 @@
+"""LoRA: y + s(BA − B₀A₀)x (Hu 2021, arXiv 2106.09685), for any start pair."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rankwise.layers import Kind
+from rankwise.lowrank import LowRank, difference
+from rankwise.shapes import Float
+from rankwise.sites import Site, Start
+from rankwise.variants.base import PairLayer, Variant
+
+
+class LoraLayer(PairLayer):
+    """ΔW = s(δB·A + B₀·δA), of rank 2r; s·BA of rank r where there is no anchor."""
+
+    def delta(self) -> LowRank:
+        if self.start_A is None or self.start_B is None:
+            return LowRank(self.lora_B, self.lora_A, self.scale)
+        return difference(self.lora_B, self.lora_A, self.start_B, self.start_A, self.scale)
+
+    def running(self) -> LowRank:
+        """What must be added to the layer's output now."""
+        return self.delta()
+
+    def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        term = self.running()
+        return self.kind.add(layer, x, y, term.A, term.B, term.scale, self.active_dropout)
+
+    def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        return self.delta().dense().to(weight.dtype)
+
+
+class FoldedLoraLayer(LoraLayer):
+    """The same adapter on a layer whose weight holds W₀ − sB₀A₀: r columns a forward instead of 2r."""
+
+    def running(self) -> LowRank:
+        return LowRank(self.B, self.A, self.scale)
+
+
+@dataclass(frozen=True)
+class Lora(Variant):
+    """W = W₀ + s(BA − B₀A₀)."""
+
+    def build(self, site: Site, kind: Kind, weight: Tensor, start: Start, dropout: float) -> LoraLayer:
+        return LoraLayer(site, kind, dropout, start, anchored=start.needs_anchor)
+
+    def restore(self, site: Site, kind: Kind, weight: Tensor, delta: LowRank, extra: Mapping[str, Tensor]) -> LoraLayer:
+        return LoraLayer(site, kind, 0.0, Start(delta.A, delta.B), anchored=False)
+
+
+@dataclass(frozen=True)
+class FoldedLora(Lora):
+    """What ``anchor="fold"`` builds: the caller subtracts the start from the base weight."""
+
+    def build(self, site: Site, kind: Kind, weight: Tensor, start: Start, dropout: float) -> LoraLayer:
+        cls = FoldedLoraLayer if start.needs_anchor else LoraLayer
+        return cls(site, kind, dropout, start, anchored=start.needs_anchor)
