@@ -1,6 +1,7 @@
 """What holds for every test: shapes checked at run time, one thread, one seed, no network."""
 
 import os
+from typing import Any
 
 # Before any import reads them. A test that reaches for a hub must fail, not wait.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,3 +32,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def seeded() -> None:
     """Each test starts from the same random state, whatever ran before it in the process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def smollm2() -> tuple[Any, Any]:
+    """The built-in 135 M model in fp32 and its tokenizer, fresh: a test may do to them what it likes."""
+    from rankwise.train.pretrained import load_pretrained
+
+    return load_pretrained("smollm2-135m")

