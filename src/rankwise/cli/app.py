@@ -1,0 +1,131 @@
+"""The commands. Each imports what it needs when it runs, so that `--help` does not wait for torch."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from rankwise.cli.flags import recipe_flags
+from rankwise.errors import RankwiseError
+from rankwise.train import recipe as recipes
+
+
+class _Group(TyperGroup):
+    """Prints rankwise's own errors as a message with exit code 2; any other error is a bug and shows its trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RankwiseError as error:
+            if ctx.params.get("traceback"):
+                raise
+            Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # --learning_rate, as transformers' users type it, is --learning-rate.
+    context_settings={
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+    help="LoRA fine-tuning that keeps step with full fine-tuning.",
+)
+
+RecipeFile = Annotated[
+    Path | None, typer.Argument(metavar="RECIPE.yaml", help="The recipe; the flags below win over its fields.")
+]
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter directory, rankwise's or PEFT's.")]
+Base = Annotated[str | None, typer.Option(help="Base model; default: the one that the adapter names.")]
+
+
+@app.callback()
+def main(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", envvar="RANKWISE_DEBUG", help="Show the full trace of an error.")
+    ] = False,
+) -> None:
+    """LoRA fine-tuning that keeps step with full fine-tuning."""
+    # Where it is installed, importing it says which of its kernels this machine lacks; nothing here asked for them.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@app.command()
+@recipe_flags
+def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+    """Fine-tune a model as the recipe says."""
+    wanted = recipes.load(recipe, overrides)
+    from rankwise.train import run
+    from rankwise.train.show import summary
+
+    console = Console()
+    result = run.train(wanted, console)
+    console.print(summary(result.metrics, result.adapter, result.curve))
+
+
+@app.command()
+@recipe_flags
+def plan(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+    """Show which layers a recipe adapts, and with how many parameters. Trains nothing."""
+    wanted = recipes.load(recipe, overrides)
+    from rankwise.train import run
+    from rankwise.train.show import plan_table
+
+    Console().print(plan_table(run.plan(wanted)))
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="Directory for the merged model; must not hold files yet.")],
+    base: Base = None,
+) -> None:
+    """Fold an adapter into its base model and save a plain transformers model."""
+    from rankwise.train.merged import save_merged
+    from rankwise.train.show import merge_table
+
+    Console().print(merge_table(save_merged(adapter, base, out), out))
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    base: Base = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+) -> None:
+    """Answer a prompt with the pretrained model and with the adapted one."""
+    from rankwise.train.generation import answer
+    from rankwise.train.show import sample_table
+
+    Console().print(sample_table(answer(adapter, base, prompt, chat=chat, max_new_tokens=max_new_tokens)))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the demo's files.")] = Path("rankwise-demo"),
+) -> None:
+    """Fine-tune a small real model on real text with LoRA-GA, beside plain LoRA. Takes a few minutes."""
+    from rankwise.train.demo import run_demo
+
+    run_demo(out, Console())
+
+
+@app.command()
+def methods() -> None:
+    """List the initialisations, scales and variants, with their papers."""
+    from rankwise.train.show import methods_tables
+
+    for table in methods_tables():
+        Console().print(table)

@@ -1,0 +1,254 @@
+"""The recipe: everything that decides a run, in one YAML file whose every field is also a flag.
+
+The sections below are the schema, its help text and its defaults. Field names follow transformers and
+PEFT, because those are what users have in their fingers; the adapter's fields are the ones of
+`rankwise.LoRA`, the training fields are handed to TRL's `SFTConfig` word for word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rankwise.errors import RecipeError
+
+# A method is a name from its table, or that name and its options: {name: lora-ga, gamma: 16}.
+Method = str | dict[str, Any]
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Section(BaseModel):
+    """A group of fields. Strict: a wrong type is an error, never a guess."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelFields(_Section):
+    """Model"""
+
+    model: str = Field(description="Base model: a directory, a hub name in your cache, or smollm2-135m (built in).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the base weights; auto keeps the model's own."
+    )
+    task: Literal["causal-lm"] = Field("causal-lm", description="What the model is trained for.")
+
+
+class DataFields(_Section):
+    """Data"""
+
+    data: str = Field(description="Training data: a .jsonl or .parquet file, or kjv (built in).")
+    data_format: Literal["auto", "messages", "prompt-completion", "text", "alpaca"] = Field(
+        "auto", description="Shape of the samples; auto reads it off the column names."
+    )
+    eval_data: str | None = Field(None, description="Held-out data, same kinds as `data`.")
+    eval_split: Share | Positive | None = Field(
+        None, description="Without eval_data: the share (0.05) or number (200) of samples to hold out."
+    )
+    max_train_samples: Positive | None = Field(None, description="Use only this many training samples.")
+    max_eval_samples: Positive | None = Field(None, description="Use only this many held-out samples.")
+    max_length: Positive | None = Field(1024, description="Longer samples are cut to this many tokens.")
+
+
+class AdapterFields(_Section):
+    """Adapter"""
+
+    rank: int = Field(8, description="Rank of the adapter.")
+    alpha: float = Field(16.0, description="Numerator of the adapter's scale.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="Layers to adapt: all-linear, a regular expression, or a list of name endings."
+    )
+    exclude_modules: list[str] = Field([], description="Layers to leave out.")
+    init: Method = Field(
+        "kaiming", description="Initialisation: a name (see `rankwise methods`) or {name: lora-ga, gamma: 16}."
+    )
+    scaling: str = Field("lora", description="Scale of the adapter: lora (alpha/r) or rslora (alpha/sqrt(r)).")
+    variant: Method = Field("lora", description="Kind of adapter (see `rankwise methods`).")
+    dropout: float = Field(0.0, description="Dropout on the adapter's input.")
+    rank_pattern: dict[str, int] = Field({}, description="Ranks that differ, by layer name: {q_proj: 4}.")
+    alpha_pattern: dict[str, float] = Field({}, description="Alphas that differ, by layer name.")
+    modules_to_save: list[str] = Field([], description="Layers trained in full beside the adapter and saved with it.")
+    anchor: Literal["frozen", "fold"] = Field(
+        "frozen", description="How a non-zero start is cancelled: a frozen copy (exact) or folded into the base."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the initialisation, the data order and dropout.")
+
+
+class StartFields(_Section):
+    """Initialisation"""
+
+    init_batches: Positive = Field(
+        8, description="Batches of training data shown to an initialisation that reads gradients or activations."
+    )
+
+
+class OptimizerFields(_Section):
+    """Optimizer"""
+
+    lr_ratio: Annotated[float, Field(gt=0)] | Literal["derived"] | None = Field(
+        None, description="LoRA+: learning rate of B over that of A; a number, or derived (one per layer)."
+    )
+
+
+class TrainingFields(_Section):
+    """Training"""
+
+    output_dir: str = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    per_device_train_batch_size: Positive = Field(8, description="Samples a step and device.")
+    per_device_eval_batch_size: Positive = Field(8, description="Samples an evaluation step and device.")
+    gradient_accumulation_steps: Positive = Field(1, description="Batches added up before an optimizer step.")
+    num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data; max_steps overrides it.")
+    max_steps: int = Field(-1, description="Optimizer steps; -1 leaves it to num_train_epochs.")
+    lr_scheduler_type: str = Field("linear", description="Learning-rate schedule: linear, cosine, constant ...")
+    warmup_steps: float = Field(0, ge=0, description="Steps of warm-up; below 1, a share of all steps.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay: pulls towards the pretrained model.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 turns it off.")
+    optim: str = Field("adamw_torch", description="Optimizer, by its transformers name.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="First-moment decay of Adam.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Second-moment decay of Adam.")
+    bf16: bool = Field(False, description="bfloat16 mixed precision.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    logging_steps: Positive = Field(10, description="Steps between two logged losses.")
+    eval_steps: Positive | None = Field(None, description="Steps between two evaluations; default: once an epoch.")
+    save_steps: Positive = Field(500, description="Steps between two checkpoints.")
+    save_total_limit: Positive | None = Field(None, description="Keep only this many checkpoints.")
+    report_to: str | list[str] = Field("none", description="Where to report: none, tensorboard, wandb ...")
+    resume_from_checkpoint: bool | str | None = Field(
+        None, description="true: the newest checkpoint in output_dir; or a checkpoint directory."
+    )
+    dataloader_num_workers: int = Field(0, ge=0, description="Processes that load data.")
+
+
+SECTIONS: tuple[type[_Section], ...] = (
+    ModelFields,
+    DataFields,
+    AdapterFields,
+    StartFields,
+    OptimizerFields,
+    TrainingFields,
+)
+
+
+class Recipe(TrainingFields, OptimizerFields, StartFields, AdapterFields, DataFields, ModelFields):
+    """A whole run.
+
+    >>> Recipe(model="smollm2-135m", data="kjv", rank=16).rank
+    16
+    """
+
+    def section(self, fields: type[_Section]) -> dict[str, Any]:
+        """The values of one section, as plain data."""
+        return {name: getattr(self, name) for name in fields.model_fields}
+
+
+def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file, if there is one; the command line's flags win over it."""
+    flags = flags or {}
+    values = {} if path is None else _read(path)
+    return parse({**values, **flags}, dict.fromkeys(flags, "command line"), str(path or "command line"))
+
+
+def parse(values: Mapping[str, Any], sources: Mapping[str, str] | None = None, source: str = "recipe") -> Recipe:
+    """Validate plain data; `sources` (by field) and `source` (for the rest) name where it came from."""
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        raise RecipeError("\n".join(_problems(error, sources or {}, source))) from None
+
+
+def flag_value(name: str, text: str) -> Any:
+    """A flag's text as the value it would be in the YAML file (text fields are taken as they are)."""
+    if Recipe.model_fields[name].annotation is str:
+        return text
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        flag = "--" + name.replace("_", "-")
+        raise RecipeError(f"{flag}: expected a YAML value, found {text!r} ({_first_line(error)}).") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: expected a readable YAML file, found: {error}.") from None
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: expected YAML, found: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{path}: expected `field: value` lines, found {_describe(values)}. "
+            "The shortest recipe has two lines: `model: smollm2-135m` and `data: kjv`."
+        )
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice and reads 2e-4 as a number (YAML 1.1 reads it as text)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [node.value[i][0] for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0].value!r} is given twice; keep one", twice[0].start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _problems(error: ValidationError, sources: Mapping[str, str], source: str) -> list[str]:
+    """One line a field: where, what was expected, what was found, what to do."""
+    by_field: dict[str, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        by_field.setdefault(str(item["loc"][0]), []).append(item)
+    return [_problem(name, items, sources.get(name, source)) for name, items in by_field.items()]
+
+
+def _problem(name: str, items: list[Any], source: str) -> str:
+    kind = items[0]["type"]
+    if kind == "extra_forbidden":
+        return f"{source}: `{name}` is not a field of a recipe.{_nearest(name)}"
+    if kind == "missing":
+        about = Recipe.model_fields[name].description
+        return f"{source}: `{name}` is missing. {about}"
+    # A union reports one error per member; what was found is the same, what was expected adds up.
+    expected = " or ".join(dict.fromkeys(_expectation(item["msg"]) for item in items))
+    return f"{source}: `{_place(items)}`: expected {expected}; found {_describe(items[0]['input'])}."
+
+
+def _place(items: list[Any]) -> str:
+    """The field, with the key inside it where a mapping's or list's value is the one at fault."""
+    loc = items[0]["loc"]
+    inner = [str(part) for part in loc[1:2] if len(items) == 1]
+    return ".".join([str(loc[0]), *inner])
+
+
+def _expectation(message: str) -> str:
+    return message.removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, Recipe.model_fields, n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else " `rankwise train --help` lists the fields."
+
+
+def _describe(value: object) -> str:
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,129 @@
+"""The recipe's schema and what its errors say."""
+
+from pathlib import Path
+
+import pytest
+
+from rankwise.errors import RecipeError
+from rankwise.train import recipe as recipes
+from rankwise.train.recipe import SECTIONS, AdapterFields, Recipe
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_two_lines_are_a_recipe(write):
+    recipe = recipes.load(write("model: smollm2-135m\ndata: kjv\n"))
+    assert recipe.learning_rate == 2e-4
+    assert recipe.target_modules == "all-linear"
+
+
+def test_an_unknown_key_names_the_file_and_the_nearest_field(write):
+    path = write("model: m\ndata: d\nlearning_rte: 0.1\n")
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(path)
+    assert str(caught.value) == f"{path}: `learning_rte` is not a field of a recipe. Did you mean `learning_rate`?"
+
+
+def test_every_problem_is_named_at_once(write):
+    path = write("data: d\nrank: eight\nlr_ratio: fast\nbf16: 1\n")
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(path)
+    message = str(caught.value)
+    assert "`model` is missing" in message
+    assert "`rank`: expected a valid integer; found 'eight' (str)" in message
+    assert "`lr_ratio`: expected a valid number or 'derived'; found 'fast' (str)" in message
+    assert "`bf16`: expected a valid boolean; found 1 (int)" in message
+
+
+def test_a_key_given_twice_is_refused_with_its_line(write):
+    path = write("model: m\ndata: d\nrank: 8\nrank: 16\n")
+    with pytest.raises(RecipeError, match="'rank' is given twice") as caught:
+        recipes.load(path)
+    assert str(path) in str(caught.value)
+    assert "line 4" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- model", "model"])
+def test_what_is_not_a_mapping_is_refused(write, text):
+    with pytest.raises(RecipeError, match="expected `field: value` lines"):
+        recipes.load(write(text))
+
+
+def test_broken_yaml_names_the_file_and_the_line(write):
+    path = write("model: m\ndata: [d\n")
+    with pytest.raises(RecipeError, match="expected YAML") as caught:
+        recipes.load(path)
+    assert str(path) in str(caught.value)
+    assert "line 3" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"absent\.yaml: expected a readable YAML file"):
+        recipes.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2e-4", 2e-4), ("1E3", 1e3), ("1.5e-05", 1.5e-5), (".5e1", 5.0), ("1", 1.0)]
+)
+def test_numbers_with_an_exponent_are_numbers(write, text, value):
+    assert recipes.load(write(f"model: m\ndata: d\nlearning_rate: {text}\n")).learning_rate == value
+
+
+def test_flags_win_and_are_named_as_the_command_line(write):
+    path = write("model: m\ndata: d\nrank: 4\n")
+    assert recipes.load(path, {"rank": 16}).rank == 16
+    with pytest.raises(RecipeError, match="command line: `rank`: expected a valid integer"):
+        recipes.load(path, {"rank": "many"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("rank", "16", 16),
+        ("learning_rate", "2e-4", 2e-4),
+        ("output_dir", "2026", "2026"),
+        ("target_modules", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("init", "{name: lora-ga, gamma: 8}", {"name": "lora-ga", "gamma": 8}),
+        ("max_length", "null", None),
+        ("resume_from_checkpoint", "true", True),
+    ],
+)
+def test_a_flag_reads_as_the_file_would(name, text, value):
+    assert recipes.flag_value(name, text) == value
+
+
+def test_a_flag_that_is_no_yaml_is_named():
+    with pytest.raises(RecipeError, match="--rank-pattern: expected a YAML value"):
+        recipes.flag_value("rank_pattern", "{q_proj: 4")
+
+
+def test_a_value_inside_a_mapping_is_named(write):
+    with pytest.raises(RecipeError, match=r"`rank_pattern\.q_proj`: expected a valid integer; found 'four'"):
+        recipes.load(write("model: m\ndata: d\nrank_pattern: {q_proj: four}\n"))
+
+
+def test_every_field_says_what_it_is():
+    for section in SECTIONS:
+        assert section.__doc__
+        for name, field in section.model_fields.items():
+            assert field.description and field.description[-1] in ".)", name
+
+
+def test_the_sections_are_the_recipe():
+    assert {name for section in SECTIONS for name in section.model_fields} == set(Recipe.model_fields)
+
+
+def test_the_adapter_section_is_the_spec():
+    import rankwise as rw
+
+    fields = set(AdapterFields.model_fields)
+    assert fields == set(rw.LoRA().to_dict())
+    assert rw.LoRA.from_dict(Recipe(model="m", data="d").section(AdapterFields)) == rw.LoRA()
