@@ -1,12 +1,13 @@
 """rankwise: low-rank training that keeps step with full fine-tuning, on a base that is never touched."""
 
-from rankwise import errors, inits, variants
+from rankwise import analysis, errors, inits, optim, variants
 from rankwise.attach import Pair, activate, attach, detach, disabled, pairs, trainable_parameters
 from rankwise.checkpoint import load, save
 from rankwise.errors import RankwiseError
 from rankwise.evidence import gradients
 from rankwise.lowrank import LowRank
 from rankwise.merge import merge, unmerge
+from rankwise.optim import param_groups
 from rankwise.plan import plan
 from rankwise.sites import Site
 from rankwise.spec import LoRA
@@ -20,6 +21,7 @@ __all__ = [
     "RankwiseError",
     "Site",
     "activate",
+    "analysis",
     "attach",
     "detach",
     "disabled",
@@ -28,7 +30,9 @@ __all__ = [
     "inits",
     "load",
     "merge",
+    "optim",
     "pairs",
+    "param_groups",
     "plan",
     "save",
     "trainable_parameters",

@@ -1,0 +1,17 @@
+"""Checks of an optimizer's options."""
+
+import math
+
+from rankwise.errors import SpecError
+
+
+def check_number(name: str, value: object, *, above_zero: bool) -> None:
+    """Refuse anything but a finite number that is > 0, or ≥ 0 where ``above_zero`` is False.
+
+    Raises:
+        SpecError: naming the option and what was found.
+    """
+    expected = "a positive number" if above_zero else "a number ≥ 0"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < 0 or (above_zero and value == 0):  # type: ignore[operator]
+        raise SpecError(f"{name}: expected {expected}, found {value!r}")
