@@ -211,6 +211,19 @@ def test_a_split_follows_the_seed(hundred: Path) -> None:
     assert list(held_out[0]) == list(held_out[1]) != list(held_out[2])
 
 
+def test_a_subset_follows_the_seed(hundred: Path) -> None:
+    chosen = [
+        (list(data.train["text"]), list(data.eval["text"]))
+        for data in (
+            load_data(recipe(hundred, eval_data=str(hundred), max_train_samples=50, max_eval_samples=20, seed=seed))
+            for seed in (0, 0, 1)
+        )
+    ]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert [len(part) for part in chosen[0]] == [50, 20]
+    assert chosen[0][0] != [str(number) for number in range(50)]  # a choice, not the beginning
+
+
 def test_a_split_leaves_something_to_train_on(hundred: Path) -> None:
     with pytest.raises(DataError, match="eval_split asks for 100 samples, the file has 100"):
         load_data(recipe(hundred, eval_split=100))
@@ -252,14 +265,13 @@ def test_kjv_held_out_books_are_unseen() -> None:
     assert not [verse for verse in held_out if verse in train and len(verse) > 60]
 
 
-def test_kjv_subsets_follow_the_seed() -> None:
-    one, same, other = (
-        load_data(recipe("kjv", max_train_samples=50, max_eval_samples=20, seed=seed)) for seed in (0, 0, 1)
-    )
-    assert one.eval is not None and same.eval is not None and other.eval is not None
-    assert (len(one.train), len(one.eval)) == (50, 20)
-    assert one.train.to_list() == same.train.to_list() != other.train.to_list()
-    assert one.eval.to_list() == same.eval.to_list() != other.eval.to_list()
+def test_kjv_brings_its_held_out_part() -> None:
+    data = load_data(recipe("kjv", max_train_samples=50, max_eval_samples=20))
+    assert data.eval is not None
+    assert (len(data.train), len(data.eval), data.loss) == (50, 20, {"completion_only_loss": True})
+    held_out = [record["completion"] for record in kjv_records(held_out=True)]
+    assert set(data.eval["completion"]) < set(held_out)
+    assert not set(data.train["completion"]) & set(held_out)
 
 
 def test_kjv_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
