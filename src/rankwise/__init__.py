@@ -4,7 +4,7 @@ from rankwise import analysis, errors, inits, optim, variants
 from rankwise.attach import Pair, activate, attach, detach, disabled, pairs, trainable_parameters
 from rankwise.checkpoint import load, save
 from rankwise.errors import RankwiseError
-from rankwise.evidence import gradients
+from rankwise.evidence import activations, covariances, gradients, weights
 from rankwise.lowrank import LowRank
 from rankwise.merge import merge, unmerge
 from rankwise.optim import param_groups
@@ -21,8 +21,10 @@ __all__ = [
     "RankwiseError",
     "Site",
     "activate",
+    "activations",
     "analysis",
     "attach",
+    "covariances",
     "detach",
     "disabled",
     "errors",
@@ -38,4 +40,5 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
     "variants",
+    "weights",
 ]

@@ -2,17 +2,18 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError, EvidenceError
-from rankwise.evidence import exact_gradients
-from rankwise.inits import Init
+from rankwise.evidence import exact_gradients, input_covariances, input_directions, stored_weights
+from rankwise.inits import Init, Loftq
+from rankwise.inits.base import EvidenceNeed
 from rankwise.layers import is_quantised, kind_of
 from rankwise.plan import plan
 from rankwise.shapes import Float
@@ -48,9 +49,10 @@ def attach(
     Args:
         model: any module; it is changed in place (child modules and hooks on the adapted layers, nothing else).
         spec: what to adapt and how.
-        batches: training batches for an init that needs gradients: dicts for ``model(**batch)`` whose output has
-            ``.loss``, or anything that ``loss(model, batch)`` takes.
-        evidence: what :func:`rankwise.gradients` returned, instead of ``batches``.
+        batches: training batches for an init that needs to see data: dicts for ``model(**batch)`` (whose output has
+            ``.loss`` where gradients are needed), or anything that ``loss(model, batch)`` takes.
+        evidence: what :func:`rankwise.gradients`, ``activations``, ``covariances`` or ``weights`` returned, instead
+            of ``batches``.
         name: several named adapters may sit on one model; see :func:`activate`.
 
     Returns:
@@ -68,13 +70,15 @@ def attach(
     88
     """
     _check_name(model, name)
-    sites = plan(model, spec)
+    init, planned = spec.init, plan(model, spec)
+    assert isinstance(init, Init)
     found = find_record(model)
     owner = found[0] if found else model
     if spec.anchor == "fold":
-        _check_foldable(owner, sites, found is not None)
+        _check_foldable(owner, planned, found is not None)
     with switched_off(model) if found else nullcontext():
-        seen = _evidence(owner, spec, sites, batches, loss, evidence)
+        seen = _evidence(_Wanted(owner, init, planned, batches, loss), evidence)
+        sites = _with_ranks(init, planned, seen)
         built = {site.name: _build(owner.get_submodule(site.name), site, spec, seen.get(site.name)) for site in sites}
     install(model, name, spec, built, trainable=True)
     if spec.anchor == "fold":
@@ -94,30 +98,76 @@ def _check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def _evidence(
-    model: nn.Module,
-    spec: LoRA,
-    sites: Iterable[Site],
-    batches: Iterable[Any] | None,
-    loss: Callable[[nn.Module, Any], Tensor] | None,
-    evidence: Mapping[str, Any] | None,
-) -> Mapping[str, Any]:
-    """Site name → what the init needs; empty where it needs nothing."""
-    assert isinstance(spec.init, Init)
-    if spec.init.needs == "nothing":
-        return {}
-    names = [site.name for site in sites]
-    if evidence is not None:
-        missing = [n for n in names if n not in evidence]
-        if missing:
-            raise EvidenceError(f"evidence lacks {len(missing)} of {len(names)} sites, the first is {missing[0]!r}")
-        return evidence
-    if batches is None:
+@dataclass(frozen=True)
+class _Wanted:
+    """What a collector is asked for."""
+
+    model: nn.Module
+    init: Init
+    sites: Sequence[Site]
+    batches: Iterable[Any] | None
+    loss: Callable[[nn.Module, Any], Tensor] | None
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Site name → layer."""
+        return {site.name: self.model.get_submodule(site.name) for site in self.sites}
+
+    def data(self) -> Iterable[Any]:
+        """The batches, which must be there."""
+        if self.batches is None:
+            raise EvidenceError(
+                f"init {type(self.init).__name__} starts from the data's {self.init.needs}: pass batches=... "
+                f"(a few batches of the training data), or evidence=... collected before"
+            )
+        return self.batches
+
+
+def _gradients(wanted: _Wanted) -> Mapping[str, Any]:
+    return exact_gradients(wanted.model, wanted.layers(), wanted.data(), wanted.loss)
+
+
+def _activations(wanted: _Wanted) -> Mapping[str, Any]:
+    ranks = {site.name: wanted.init.evidence_rank(site) for site in wanted.sites}
+    return input_directions(wanted.model, wanted.layers(), wanted.data(), ranks, wanted.loss)
+
+
+def _covariance(wanted: _Wanted) -> Mapping[str, Any]:
+    return input_covariances(wanted.model, wanted.layers(), wanted.data(), wanted.loss)
+
+
+def _weights(wanted: _Wanted) -> Mapping[str, Any]:
+    reference = wanted.init.reference if isinstance(wanted.init, Loftq) else None
+    if reference is None:
         raise EvidenceError(
-            f"init {type(spec.init).__name__} starts from the data's {spec.init.needs}: pass batches=... "
-            f"(a few batches of the training data) or evidence=rankwise.gradients(...)"
+            f"init {type(wanted.init).__name__} starts from the full-precision weights: give its reference= a "
+            f"safetensors file of them, or pass evidence=rankwise.weights(full_precision_model)"
         )
-    return exact_gradients(model, {n: model.get_submodule(n) for n in names}, batches, loss)
+    return stored_weights(reference, wanted.layers())
+
+
+_COLLECTORS: dict[EvidenceNeed, Callable[[_Wanted], Mapping[str, Any]]] = {
+    "nothing": lambda wanted: {},
+    "gradients": _gradients,
+    "activations": _activations,
+    "covariance": _covariance,
+    "weights": _weights,
+}
+
+
+def _evidence(wanted: _Wanted, evidence: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Site name → what the init needs; empty where it needs nothing."""
+    if evidence is None or wanted.init.needs == "nothing":
+        return _COLLECTORS[wanted.init.needs](wanted)
+    missing = [site.name for site in wanted.sites if site.name not in evidence]
+    if missing:
+        raise EvidenceError(f"evidence lacks {len(missing)} of {len(wanted.sites)} sites, the first is {missing[0]!r}")
+    return evidence
+
+
+def _with_ranks(init: Init, sites: Sequence[Site], seen: Mapping[str, Any]) -> list[Site]:
+    """The sites with the ranks that the init gives them now; one with rank 0 is left out. Scales stay as planned."""
+    ranks = init.ranks(sites, seen)
+    return [replace(site, rank=ranks[site.name]) for site in sites if ranks[site.name]]
 
 
 def site_generator(seed: int, site_name: str) -> torch.Generator:

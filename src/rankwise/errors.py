@@ -7,7 +7,8 @@ RankwiseError
 │   └── SiteNeverFired      an adapted layer's forward was bypassed
 ├── EvidenceError           an initialisation did not get what it must have seen
 │   ├── NoGradient          a layer got no gradient
-│   └── NonFiniteGradient   a gradient or the loss was NaN or infinite
+│   ├── NonFiniteGradient   a gradient or the loss was NaN or infinite
+│   └── NonFiniteActivation a layer's input was NaN or infinite
 ├── CheckpointError         an adapter directory cannot be trusted or does not fit
 │   ├── MissingTensor · UnexpectedTensor · ShapeMismatch · NonFiniteTensor
 │   ├── BrokenFile          truncated, not safetensors, not JSON
@@ -53,6 +54,10 @@ class NoGradient(EvidenceError):
 
 class NonFiniteGradient(EvidenceError):
     """A gradient, or the loss it comes from, was NaN or infinite."""
+
+
+class NonFiniteActivation(EvidenceError):
+    """A layer's input was NaN or infinite."""
 
 
 class CheckpointError(RankwiseError):

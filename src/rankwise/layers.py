@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.add_low_rank import add_low_rank
+from rankwise.errors import EvidenceError
 from rankwise.shapes import Float, Shaped
 
 
@@ -90,6 +91,9 @@ class LinearKind(_MatmulKind):
 
     def stored(self, layer: Any, matrix: Tensor) -> Tensor:
         return matrix
+
+    def inputs(self, layer: Any, x: Tensor) -> Tensor:
+        return x.flatten(0, -2)
 
 
 class Conv1DKind(_MatmulKind):
@@ -211,6 +215,13 @@ def kind_of(layer: nn.Module) -> Kind | None:
 def is_quantised(layer: Any) -> bool:
     """Whether the layer's weight is stored in another form than plain floating point numbers."""
     weight = layer.weight
+    def inputs(self, layer: Any, x: Tensor) -> Tensor:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(x if x.dim() == 4 else x[None], layer._reversed_padding_repeated_twice, mode=mode)
+        every_group = padded.reshape(-1, padded.shape[1] // int(layer.groups), *padded.shape[2:])
+        patches = F.unfold(every_group, layer.kernel_size, layer.dilation, 0, layer.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+
     return not weight.is_floating_point() or type(weight.data) is not Tensor
 
 

@@ -129,6 +129,17 @@ def truncated_svd(
     return (q @ u)[:, :k], s[:k], vh[:k].T
 
 
+def smallest_svd(
+    matrix: Float[Tensor, "out in"], k: int
+) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "in k"]]:
+    """The k last singular triplets: U [out, k], S [k] descending, V [in, k].
+
+    A whole SVD: nothing quicker finds them.
+    """
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, -k:], s[-k:], vh[-k:].T
+
+
 def captured(singular_values: Float[Tensor, " k"], total_energy: float) -> float:
     """Share of ‖G‖²_F that these singular directions hold, in [0, 1]."""
     if total_energy == 0.0 or math.isnan(total_energy):

@@ -1,6 +1,7 @@
 """Site: one place that an adapter goes to. Start: the pair that its training starts from."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,12 +33,20 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """The pair (A₀, B₀) that training starts from. Where both are non-zero a frozen copy cancels it."""
+    """The pair (A₀, B₀) that training starts from. Where both are non-zero a frozen copy cancels it.
+
+    Attributes:
+        cancel: False where s·B₀A₀ is meant to change the model from the first forward on (LoftQ corrects a quantised
+            weight with it); there is no frozen copy then.
+        notes: figures about how the pair was found, by name.
+    """
 
     A: Float[Tensor, "r in"]
     B: Float[Tensor, "out r"]
+    cancel: bool = True
+    notes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def needs_anchor(self) -> bool:
-        """Whether B₀A₀ is non-zero, so that something must cancel it."""
-        return bool(self.A.any()) and bool(self.B.any())
+        """Whether B₀A₀ is non-zero and unwanted, so that something must cancel it."""
+        return self.cancel and bool(self.A.any()) and bool(self.B.any())

@@ -1,5 +1,26 @@
-"""Evidence: what an initialisation must have seen of the training data."""
+"""Evidence: what an initialisation must have seen, of the training data or of the original weights."""
 
+from rankwise.evidence.activations import (
+    InputCovariance,
+    InputDirections,
+    activations,
+    covariances,
+    input_covariances,
+    input_directions,
+)
 from rankwise.evidence.gradients import ExactGradient, exact_gradients, gradients
+from rankwise.evidence.weights import stored_weights, weights
 
-__all__ = ["ExactGradient", "exact_gradients", "gradients"]
+__all__ = [
+    "ExactGradient",
+    "InputCovariance",
+    "InputDirections",
+    "activations",
+    "covariances",
+    "exact_gradients",
+    "gradients",
+    "input_covariances",
+    "input_directions",
+    "stored_weights",
+    "weights",
+]

@@ -4,8 +4,7 @@ A hook on each layer sees its input X and the gradient dY of its output; G = dYá
 ``requires_grad`` and none gets a ``.grad``, so frozen and quantised bases work.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
-from rankwise.layers import Kind, kind_of
+from rankwise.evidence.passes import each_batch, hooked, layer_input, run_forward, undisturbed
+from rankwise.layers import Kind
 from rankwise.lowrank import truncated_svd
 from rankwise.plan import target_layers
 from rankwise.shapes import Float
@@ -109,34 +109,21 @@ def run_backward(
     Raises:
         EvidenceError: no batches, a batch without a loss. NonFiniteGradient: a loss that is not finite.
     """
-    if isinstance(batches, Mapping | Tensor | str):
-        raise EvidenceError(
-            f"batches must be an iterable of batches, found one {type(batches).__name__}; wrap it in a list"
-        )
     loss_of = loss or _loss_of_output
     count = 0
-    with _undisturbed(model), _hooked(layers, observe), torch.enable_grad():
-        for count, batch in enumerate(batches, 1):
+    with undisturbed(model), hooked(layers, lambda name, kind: _capture(name, kind, observe)), torch.enable_grad():
+        for count, batch in enumerate(each_batch(batches), 1):
             value = loss_of(model, batch)
             if not bool(torch.isfinite(value)):
                 raise NonFiniteGradient(f"batch {count - 1}: the loss is {float(value)}; expected a finite number")
             if not value.requires_grad:
                 raise NoGradient(f"batch {count - 1}: the loss depends on none of the {len(layers)} adapted layers")
             value.backward()  # type: ignore[no-untyped-call]
-    if count == 0:
-        raise EvidenceError("batches is empty; give at least one batch of the training data")
     return count
 
 
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise EvidenceError(
-            f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), "
-            f"or pass loss=function(model, batch)"
-        )
-    device = next(model.parameters()).device
-    output = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-    value = getattr(output, "loss", None)
+    value = getattr(run_forward(model, batch), "loss", None)
     if not isinstance(value, Tensor):
         raise EvidenceError(
             f"model(**batch) with keys {sorted(batch)} returned no loss; add 'labels' to the batch, "
@@ -145,42 +132,11 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     return value
 
 
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) with all parameters frozen, so no ``.grad`` is written; everything is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _hooked(layers: Mapping[str, nn.Module], observe: Observer) -> Iterator[None]:
-    handles = []
-    try:
-        for name, layer in layers.items():
-            kind = kind_of(layer)
-            assert kind is not None
-            handles.append(layer.register_forward_hook(_capture(name, kind, observe), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _capture(name: str, kind: Kind, observe: Observer) -> Any:
     """A forward hook that waits for the gradient of the layer's output."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = layer_input(args, kwargs).detach()
         version = x._version
         if not output.requires_grad:
             output.requires_grad_()  # with everything frozen the graph starts here

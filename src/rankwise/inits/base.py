@@ -1,6 +1,7 @@
 """What an initialisation is given and what it returns."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +11,7 @@ from rankwise.errors import SpecError
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 
-EvidenceNeed = Literal["nothing", "gradients", "activations"]
+EvidenceNeed = Literal["nothing", "gradients", "activations", "covariance", "weights"]
 
 
 @runtime_checkable
@@ -25,6 +26,53 @@ class GradientEvidence(Protocol):
         """The k leading singular triplets: U [out, k], S [k] descending, V [in, k]."""
 
 
+@runtime_checkable
+class ActivationEvidence(Protocol):
+    """The leading directions of one site's input activations."""
+
+    @property
+    def components(self) -> Float[Tensor, "k in"]:
+        """Orthonormal rows, the strongest first."""
+
+    @property
+    def explained(self) -> Float[Tensor, " k"]:
+        """Share of the inputs' variance along each."""
+
+
+@runtime_checkable
+class CovarianceEvidence(Protocol):
+    """The second moment of one site's input activations."""
+
+    @property
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """C = Σ x xᵀ / n."""
+
+
+Triplets = tuple[Float[Tensor, "out r"], Float[Tensor, " r"], Float[Tensor, "in r"]]
+
+
+def balanced_start(triplets: Triplets, scale: float, *, cancel: bool = True) -> Start:
+    """The pair with s·B₀A₀ = U diag(S) Vᵀ and the singular values split evenly: B₀ = U√(S/s), A₀ = √(S/s)Vᵀ.
+
+    Args:
+        triplets: U [out, r], S [r] ≥ 0, V [in, r]: which matrix's directions, and which of them.
+        scale: s.
+        cancel: see :class:`rankwise.sites.Start`.
+    """
+    u, s, v = triplets
+    root = (s / scale).sqrt()
+    return Start((v * root).T, u * root, cancel)
+
+
+@runtime_checkable
+class ExactEvidence(GradientEvidence, Protocol):
+    """Gradient evidence that still holds the whole matrix."""
+
+    @property
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """G."""
+
+
 def embedding_start(weight: Float[Tensor, "dim vocab"], site: Site, generator: Generator) -> Start:
     """A = 0, B ~ N(0, 1): an embedding's input is one-hot, so the roles of A and B turn (the field's convention)."""
     dim, vocab = site.shape
@@ -36,10 +84,14 @@ class Init(ABC):
     """An initialisation: frozen dataclass fields are its options, calling it makes one site's start.
 
     Attributes:
-        needs: what it must have seen of the training data.
+        needs: what it must have seen: of the training data ("gradients", "activations", their "covariance"), or the
+            original "weights" of a quantised base.
+        keeps_function: whether the model's function at the start is the base's. Where it is not, changing it is what
+            the method is for, and ``Start.cancel`` is False.
     """
 
     needs: ClassVar[EvidenceNeed] = "nothing"
+    keeps_function: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, weight: Float[Tensor, "out in"], site: Site, evidence: Any, generator: Generator) -> Start:
@@ -48,9 +100,18 @@ class Init(ABC):
         Args:
             weight: W₀ as one matrix, dequantised, in fp32 or finer.
             site: its name, kind, rank and scale.
-            evidence: what ``needs`` names, for this site (gradient evidence answers ``svd(k)``); else None.
+            evidence: what ``needs`` names, for this site: :class:`GradientEvidence`, :class:`ActivationEvidence`,
+                :class:`CovarianceEvidence`, or the original weight [out, in]; else None.
             generator: derived from (seed, site name), so the result depends on nothing else.
         """
+
+    def evidence_rank(self, site: Site) -> int:
+        """How many directions of the evidence this start wants to choose from at a site."""
+        return site.rank
+
+    def ranks(self, sites: Sequence[Site], evidence: Mapping[str, Any]) -> Mapping[str, int]:
+        """Site name → rank, now that the evidence is there; as planned unless the method redistributes them."""
+        return {site.name: site.rank for site in sites}
 
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """The largest rank that this start can fill for a matrix [out, in]."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from rankwise.inits.base import Init
+from rankwise.inits.base import Init, balanced_start
 from rankwise.lowrank import truncated_svd
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
@@ -21,6 +21,4 @@ class Pissa(Init):
     iterations: int = 8
 
     def __call__(self, weight: Float[Tensor, "out in"], site: Site, evidence: None, generator: Generator) -> Start:
-        u, s, v = truncated_svd(weight, site.rank, generator, iterations=self.iterations)
-        root = (s / site.scale).sqrt()
-        return Start((v * root).T, u * root)
+        return balanced_start(truncated_svd(weight, site.rank, generator, iterations=self.iterations), site.scale)

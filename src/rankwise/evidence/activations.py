@@ -1,0 +1,217 @@
+"""What layers are fed: the principal directions of their inputs, and their covariance. Forward passes only."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import EvidenceError, NonFiniteActivation
+from rankwise.evidence.passes import each_batch, hooked, layer_input, run_forward, undisturbed
+from rankwise.layers import Kind
+from rankwise.lowrank import truncated_svd
+from rankwise.plan import target_layers
+from rankwise.shapes import Float
+
+Forward = Callable[[nn.Module, Any], Any]
+OVERSAMPLE = 8  # directions kept beyond the wanted ones while batches come in, so that these are accurate
+
+
+@dataclass(frozen=True, eq=False)
+class InputDirections:
+    """The leading principal directions of one layer's inputs.
+
+    Attributes:
+        components: right-singular vectors of the centred inputs, orthonormal rows [k, in], the strongest first.
+        singular_values: [k], descending.
+        explained: σ²/Σσ², the share of the inputs' variance along each, [k].
+        count: how many input vectors were seen.
+    """
+
+    components: Float[Tensor, "k in"]
+    singular_values: Float[Tensor, " k"]
+    explained: Float[Tensor, " k"]
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class InputCovariance:
+    """The second moment of one layer's inputs, not centred.
+
+    Attributes:
+        matrix: C = Σ x xᵀ / n, [in, in], fp32 or finer.
+        count: n.
+    """
+
+    matrix: Float[Tensor, "in in"]
+    count: int
+
+
+def activations(
+    model: nn.Module,
+    batches: Iterable[Any],
+    target_modules: str | Iterable[str] = "all-linear",
+    *,
+    rank: int = 16,
+    forward: Forward | None = None,
+) -> dict[str, InputDirections]:
+    """The ``rank`` principal directions of each chosen layer's inputs over the batches: what EVA starts from.
+
+    One pass, one incremental SVD a layer (Ross 2008, "Incremental Learning for Robust Visual Tracking", section 3.3):
+    (rank + 8) · in numbers are held, never the inputs themselves. A convolution's inputs are its patches.
+
+    Args:
+        batches: dicts for ``model(**batch)``, or anything that ``forward(model, batch)`` takes. Where a batch has an
+            ``attention_mask`` [batch, tokens], layers that see one vector a token leave the masked ones out.
+        target_modules: as in ``LoRA``.
+
+    Returns:
+        Module path → evidence.
+
+    Raises:
+        EvidenceError: no batches, a layer that did not run or saw too few vectors, an embedding.
+        NonFiniteActivation: NaN or infinity in a layer's input. The model is left exactly as it was.
+    """
+    layers = target_layers(model, target_modules)
+    return input_directions(model, layers, batches, dict.fromkeys(layers, rank), forward)
+
+
+def covariances(
+    model: nn.Module,
+    batches: Iterable[Any],
+    target_modules: str | Iterable[str] = "all-linear",
+    *,
+    forward: Forward | None = None,
+) -> dict[str, InputCovariance]:
+    """C = Σ x xᵀ / n of each chosen layer's inputs: what CorDA starts from. in² numbers a layer.
+
+    Arguments and errors are those of :func:`activations`.
+    """
+    return input_covariances(model, target_layers(model, target_modules), batches, forward)
+
+
+def input_directions(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    ranks: Mapping[str, int],
+    forward: Forward | None = None,
+) -> dict[str, InputDirections]:
+    """:func:`activations` for layers that are already chosen, each with its own number of directions."""
+    running = {name: RunningSVD(ranks[name] + OVERSAMPLE) for name in layers}
+    run_inputs(model, layers, batches, forward, lambda name, rows: running[name].add(rows))
+    return {name: running[name].leading(ranks[name], name) for name in layers}
+
+
+def input_covariances(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward | None = None
+) -> dict[str, InputCovariance]:
+    """:func:`covariances` for layers that are already chosen."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+
+    def add(name: str, rows: Tensor) -> None:
+        sums[name] = sums[name].addmm_(rows.T, rows) if name in sums else rows.T @ rows
+        counts[name] += len(rows)
+
+    run_inputs(model, layers, batches, forward, add)
+    for name in layers:
+        _check_count(name, counts[name], 1)
+    return {name: InputCovariance(sums[name] / counts[name], counts[name]) for name in layers}
+
+
+class RunningSVD:
+    """The leading principal directions of rows that come in batches, and their whole variance.
+
+    With n rows of mean μ and centred SVD ≈ S Vᵀ so far, m new rows X of mean ν turn it into the SVD of
+    [S Vᵀ; X − ν; √(nm/(n+m)) (μ − ν)], of which the leading ``width`` triplets are kept.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.count = 0
+        self.variance = 0.0  # Σ‖x − μ‖²
+        self.mean: Tensor = torch.zeros(())
+        self.s: Tensor = torch.zeros(())  # [k]
+        self.v: Tensor = torch.zeros(())  # [in, k]
+
+    def add(self, rows: Float[Tensor, "m in"]) -> None:
+        """Take a batch of rows in."""
+        mean = rows.mean(0)
+        new = [rows - mean]
+        if self.count:
+            weight = self.count * len(rows) / (self.count + len(rows))
+            new.append(weight**0.5 * (self.mean - mean)[None])
+        self.variance += sum(float(part.double().square().sum()) for part in new)
+        stacked = torch.cat([self.s[:, None] * self.v.T, *new]) if self.count else new[0]
+        generator = torch.Generator().manual_seed(0)
+        _, self.s, self.v = truncated_svd(stacked, min(self.width, *stacked.shape), generator)
+        self.mean = mean if not self.count else self.mean + (mean - self.mean) * (len(rows) / (self.count + len(rows)))
+        self.count += len(rows)
+
+    def leading(self, k: int, where: str) -> InputDirections:
+        """The first k directions.
+
+        Raises:
+            EvidenceError: fewer than k + 1 rows came in, which centred span fewer than k directions.
+        """
+        _check_count(where, self.count, k + 1)
+        s = self.s[:k]
+        explained = s.double().square() / max(self.variance, torch.finfo(torch.float64).tiny)
+        return InputDirections(self.v[:, :k].T, s, explained.to(s.dtype), self.count)
+
+
+def _check_count(name: str, found: int, needed: int) -> None:
+    if found < needed:
+        raise EvidenceError(
+            f"{name}: saw {found} input vectors that are not padding, expected at least {needed}; give more batches, "
+            f"or exclude the layer if the data never reaches it"
+        )
+
+
+def run_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    observe: Callable[[str, Tensor], None],
+) -> None:
+    """Forward over the batches, calling ``observe(name, rows)`` with each layer's inputs [n, in], padding left out."""
+    run = forward or run_forward
+    mask: Tensor | None = None
+
+    def hook_for(name: str, kind: Kind) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            rows = _unmasked(_inputs(name, kind, layer, layer_input(args, kwargs)), mask)
+            if not bool(torch.isfinite(rows).all()):
+                raise NonFiniteActivation(
+                    f"{name}: its input holds NaN or infinity; look at the batches, or load the model in fp32 or bf16"
+                )
+            if len(rows):
+                observe(name, rows)
+
+        return hook
+
+    with undisturbed(model), hooked(layers, hook_for), torch.no_grad():
+        for batch in each_batch(batches):
+            mask = _mask(batch)
+            run(model, batch)
+
+
+def _inputs(name: str, kind: Kind, layer: nn.Module, x: Tensor) -> Tensor:
+    try:
+        rows = kind.inputs(layer, x.detach())
+    except EvidenceError as error:
+        raise EvidenceError(f"{name}: {error}") from None
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _mask(batch: Any) -> Tensor | None:
+    """True where a token is real, one entry a token; None where the batch does not say."""
+    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return found.flatten().bool() if isinstance(found, Tensor) and found.dim() == 2 else None
+
+
+def _unmasked(rows: Float[Tensor, "n in"], mask: Tensor | None) -> Float[Tensor, "m in"]:
+    return rows if mask is None or len(mask) != len(rows) else rows[mask.to(rows.device)]

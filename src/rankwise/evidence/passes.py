@@ -1,0 +1,81 @@
+"""What every collection of evidence shares: batches through a model that is left exactly as it was."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankwise.errors import EvidenceError
+from rankwise.layers import Kind, kind_of
+
+
+def each_batch(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, of which there must be at least one.
+
+    Raises:
+        EvidenceError: none, or one batch where an iterable of batches belongs.
+    """
+    if isinstance(batches, Mapping | Tensor | str):
+        raise EvidenceError(
+            f"batches must be an iterable of batches, found one {type(batches).__name__}; wrap it in a list"
+        )
+    empty = True
+    for batch in batches:
+        empty = False
+        yield batch
+    if empty:
+        raise EvidenceError("batches is empty; give at least one batch of the training data")
+
+
+def run_forward(model: nn.Module, batch: Any) -> Any:
+    """``model(**batch)``, the batch's tensors on the model's device.
+
+    Raises:
+        EvidenceError: the batch is no dict.
+    """
+    if not isinstance(batch, Mapping):
+        raise EvidenceError(
+            f"a batch is a {type(batch).__name__}; expected a dict for model(**batch), "
+            f"or pass loss=function(model, batch)"
+        )
+    device = next(model.parameters()).device
+    return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) with all parameters frozen, so no ``.grad`` is written; everything is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def hooked(layers: Mapping[str, nn.Module], hook_for: Callable[[str, Kind], Any]) -> Iterator[None]:
+    """A forward hook (layer, args, kwargs, output) on each layer, taken off again whatever happens."""
+    handles = []
+    try:
+        for name, layer in layers.items():
+            kind = kind_of(layer)
+            assert kind is not None
+            handles.append(layer.register_forward_hook(hook_for(name, kind), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The one tensor that a layer's forward was called with, by position or by name."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x

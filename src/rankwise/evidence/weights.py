@@ -1,0 +1,66 @@
+"""The full-precision weights behind a quantised base: evidence for inits that correct what quantisation lost."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rankwise.errors import EvidenceError
+from rankwise.layers import kind_of
+from rankwise.plan import target_layers
+from rankwise.shapes import Float
+
+
+def weights(model: nn.Module, target_modules: str | Iterable[str] = "all-linear") -> dict[str, Float[Tensor, "out in"]]:
+    """Module path → weight as one matrix [out, in] (a view): ``attach(quantised, spec, evidence=weights(original))``.
+
+    Args:
+        model: the full-precision model with the same module paths as the quantised one.
+    """
+    found: dict[str, Any] = dict(target_layers(model, target_modules))
+    return {name: _matrix(layer, layer.weight.detach()) for name, layer in found.items()}
+
+
+def stored_weights(reference: str | Path, layers: dict[str, nn.Module]) -> dict[str, Float[Tensor, "out in"]]:
+    """The same from a safetensors file, or a directory with ``model.safetensors`` or its index, for these layers.
+
+    Raises:
+        EvidenceError: no such file, or no tensor ``<module path>.weight`` in it.
+    """
+    files = _files(Path(reference), [f"{name}.weight" for name in layers])
+    return {name: _matrix(layer, _read(files[f"{name}.weight"], f"{name}.weight")) for name, layer in layers.items()}
+
+
+def _matrix(layer: nn.Module, stored: Tensor) -> Tensor:
+    """[out, in], whatever the layer's own layout."""
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind.matrix(layer, stored)
+
+
+def _files(where: Path, keys: list[str]) -> dict[str, Path]:
+    """Tensor name → the file that should hold it."""
+    index = where / "model.safetensors.index.json"
+    if not index.is_file():
+        return dict.fromkeys(keys, where / "model.safetensors" if where.is_dir() else where)
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    missing = [key for key in keys if key not in listed]
+    if missing:
+        raise EvidenceError(f"{index}: lists no {missing[0]} ({len(missing)} missing in all); is it another model's?")
+    return {key: where / listed[key] for key in keys}
+
+
+def _read(file: Path, key: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as stream:
+            tensor: Tensor = stream.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise EvidenceError(
+            f"{file}: cannot read {key} ({error}); expected the full-precision base's own safetensors, "
+            f"with the same module paths as the quantised model"
+        ) from None
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
