@@ -21,6 +21,7 @@ class Kind(ABC):
     """How a kind of layer stores its weight and how a low-rank term is added to its output. Stateless."""
 
     name: ClassVar[str]
+    output_axis: ClassVar[int] = -1  # where the layer's output has its ``out`` axis, from the end
 
     @abstractmethod
     def shape(self, layer: nn.Module) -> tuple[int, int]:
@@ -55,6 +56,23 @@ class Kind(ABC):
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Float[Tensor, "out in"]:
         """dL/dW as one matrix from the layer's input and the gradient of its output, in fp32 or finer."""
 
+    @abstractmethod
+    def inputs(self, layer: Any, x: Tensor) -> Float[Tensor, "n in"]:
+        """The vectors that the matrix [out, in] multiplies, one a row; of a convolution, every patch of every group.
+
+        Raises:
+            EvidenceError: the layer has no input vectors (an embedding looks ids up).
+        """
+
+    def project(self, layer: Any, A: Float[Tensor, "r in"]) -> Float[Tensor, "out r"]:
+        """W Aᵀ, in A's dtype."""
+        weight = self.weight(layer)
+        return (weight @ A.to(weight.dtype).T).to(A.dtype)
+
+    def bias(self, layer: Any) -> Tensor | None:
+        """What the layer adds to W x, [out]."""
+        return layer.bias  # type: ignore[no-any-return]
+
     def kernel(self, layer: Any) -> tuple[int, ...]:
         """The axes that ``in`` unfolds to: () for a matrix, (in/groups, kh, kw) for a convolution."""
         return ()
@@ -74,6 +92,9 @@ class _MatmulKind(Kind):
         dtype = torch.promote_types(grad_y.dtype, torch.float32)
         return grad_y.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
 
+    def inputs(self, layer: Any, x: Tensor) -> Tensor:
+        return x.flatten(0, -2)
+
 
 class LinearKind(_MatmulKind):
     """torch.nn.Linear and its quantised subclasses; weight [out, in]."""
@@ -91,9 +112,6 @@ class LinearKind(_MatmulKind):
 
     def stored(self, layer: Any, matrix: Tensor) -> Tensor:
         return matrix
-
-    def inputs(self, layer: Any, x: Tensor) -> Tensor:
-        return x.flatten(0, -2)
 
 
 class Conv1DKind(_MatmulKind):
@@ -134,7 +152,14 @@ class EmbeddingKind(Kind):
         dtype = torch.promote_types(grad_y.dtype, torch.float32)
         rows = torch.zeros(layer.num_embeddings, layer.embedding_dim, dtype=dtype, device=grad_y.device)
         rows.index_add_(0, x.flatten(), grad_y.flatten(0, -2).to(dtype))
-        return rows.mul_(self._output_scale(layer)).T
+        scaled: Tensor = rows.mul_(self._output_scale(layer))
+        return scaled.T
+
+    def inputs(self, layer: Any, x: Tensor) -> Tensor:
+        raise EvidenceError("an embedding's inputs are ids, not vectors; exclude it")
+
+    def bias(self, layer: Any) -> Tensor | None:
+        return None
 
     @staticmethod
     def _output_scale(layer: Any) -> Any:
@@ -149,6 +174,7 @@ class Conv2dKind(Kind):
     """
 
     name = "conv2d"
+    output_axis = -3
 
     def shape(self, layer: Any) -> tuple[int, int]:
         return layer.weight.shape[0], layer.weight[0].numel()
@@ -189,6 +215,13 @@ class Conv2dKind(Kind):
         (grad,) = torch.autograd.grad(y, zero, grad_y.to(dtype))
         return grad.flatten(1)
 
+    def inputs(self, layer: Any, x: Tensor) -> Tensor:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(x if x.dim() == 4 else x[None], layer._reversed_padding_repeated_twice, mode=mode)
+        every_group = padded.reshape(-1, padded.shape[1] // int(layer.groups), *padded.shape[2:])
+        patches = F.unfold(every_group, layer.kernel_size, layer.dilation, 0, layer.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+
     def kernel(self, layer: Any) -> tuple[int, ...]:
         return tuple(layer.weight.shape[1:])
 
@@ -215,13 +248,6 @@ def kind_of(layer: nn.Module) -> Kind | None:
 def is_quantised(layer: Any) -> bool:
     """Whether the layer's weight is stored in another form than plain floating point numbers."""
     weight = layer.weight
-    def inputs(self, layer: Any, x: Tensor) -> Tensor:
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = F.pad(x if x.dim() == 4 else x[None], layer._reversed_padding_repeated_twice, mode=mode)
-        every_group = padded.reshape(-1, padded.shape[1] // int(layer.groups), *padded.shape[2:])
-        patches = F.unfold(every_group, layer.kernel_size, layer.dilation, 0, layer.stride)
-        return patches.transpose(1, 2).flatten(0, 1)
-
     return not weight.is_floating_point() or type(weight.data) is not Tensor
 
 
