@@ -264,7 +264,7 @@ def activate(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
     """Let the named adapter (or several, their changes added up) take part in the forward, and only it be trained.
 
     Raises:
-        AttachError: no such adapter.
+        AttachError: no such adapter, or one that cannot be combined with another (DoRA).
     """
     names = (name,) if isinstance(name, str) else tuple(name)
     set_active(model, tuple(adapter_name(model, n) for n in names))
@@ -312,6 +312,11 @@ class Pair:
     def scale(self) -> float:
         """s of ΔW = s(BA − B₀A₀)."""
         return self.layer.scale
+
+    @property
+    def notes(self) -> Mapping[str, float]:
+        """Figures that the start left about itself, such as "adam_cosine" with ``align="adam"``."""
+        return self.layer.notes
 
     @property
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:

@@ -1,15 +1,16 @@
 """LoRA-GA: start from the gradient's singular vectors, so that the first step is full fine-tuning's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from rankwise.errors import SpecError
-from rankwise.inits.base import EvidenceNeed, GradientEvidence, Init
+from rankwise.errors import EvidenceError, SpecError
+from rankwise.inits.adam_alignment import align_with_adam, compare_with_adam
+from rankwise.inits.base import EvidenceNeed, ExactEvidence, GradientEvidence, Init
 from rankwise.lowrank import truncated_svd
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
@@ -31,6 +32,21 @@ DIRECTIONS: dict[str, Callable[[int, Generator], Split]] = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class UnitPair:
+    """A pair before the scale c is chosen.
+
+    Attributes:
+        full_size: the c for which the first step is the full one's projection on it, in size too.
+        notes: figures about how the pair was found.
+    """
+
+    A: Float[Tensor, "r in"]
+    B: Float[Tensor, "out r"]
+    full_size: float
+    notes: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class LoraGA(Init):
     """A₀ = c·V[:, i_A]ᵀ, B₀ = c·U[:, i_B] from the gradient's SVD G = U S Vᵀ (Wang 2024, arXiv 2407.05000).
@@ -39,25 +55,31 @@ class LoraGA(Init):
     the best rank-2r approximation of full fine-tuning's step −ηG (Eckart–Young). Only G's directions count, so
     scaling the loss changes nothing.
 
+    Adam's first step is −η sign(G) instead, and the pair's −ηs(B sign(BᵀG) + sign(GAᵀ)A); the article leaves the best
+    pair for it open and names three answers, which ``align`` chooses from.
+
     Attributes:
         directions: how the 2r directions are split: "ArB2r" (the article's), "A2rBr", "ArBr" (alternating), "random".
-        scale: c. "stable": out^¼/√γ, for use with rsLoRA's s; "gd": 1/s, the step then equals the rank-2r projection
-            of the full one; "unit": 1; "weight": the mean of √(σ/s) over W's r largest singular values σ.
+        scale: c. "stable": out^¼/√γ, for use with rsLoRA's s; "gd": the first step then equals the full one's
+            projection on it, in size too (1/s for align="sgd"); "unit": 1; "weight": the mean of √(σ/s) over W's r
+            largest singular values σ.
         gamma: γ of "stable".
-        align: which optimizer's first step is to agree: "sgd" uses G itself.
+        align: which optimizer's first step is to agree. "sgd": the SVD of G. "sign": that of sign(G). "adam": the
+            article's objective itself, minimised from both (:mod:`rankwise.inits.adam_alignment`); wants exact
+            gradients, a second a layer, and notes the cosine it started from and reached.
     """
 
     directions: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
     scale: Literal["stable", "gd", "unit", "weight"] = "stable"
     gamma: float = 16.0
-    align: Literal["sgd"] = "sgd"
+    align: Literal["sgd", "sign", "adam"] = "sgd"
 
     needs: ClassVar[EvidenceNeed] = "gradients"
 
     def __post_init__(self) -> None:
         _one_of("directions", self.directions, DIRECTIONS)
         _one_of("scale", self.scale, SCALES)
-        _one_of("align", self.align, ("sgd",))
+        _one_of("align", self.align, ALIGNMENTS)
         if not (math.isfinite(self.gamma) and self.gamma > 0):
             raise SpecError(f"init 'lora-ga': gamma must be a positive number, found {self.gamma!r}")
 
@@ -68,36 +90,87 @@ class LoraGA(Init):
     def __call__(
         self, weight: Float[Tensor, "out in"], site: Site, evidence: GradientEvidence, generator: Generator
     ) -> Start:
-        u, _, v = evidence.svd(2 * site.rank)
-        for_A, for_B = DIRECTIONS[self.directions](site.rank, generator)
-        c = SCALES[self.scale](self, weight, site, generator)
-        return Start(c * v[:, for_A].T.to(weight), c * u[:, for_B].to(weight))
+        split = DIRECTIONS[self.directions](site.rank, generator)
+        pair = ALIGNMENTS[self.align](evidence, site, split)
+        c = SCALES[self.scale](self, pair, weight, site, generator)
+        return Start((c * pair.A).to(weight), (c * pair.B).to(weight), notes=pair.notes)
 
 
-def _one_of(field: str, value: str, known: object) -> None:
-    names = list(known)  # type: ignore[call-overload]
-    if value not in names:
-        raise SpecError(f"init 'lora-ga': {field} must be one of {', '.join(names)}, found {value!r}")
+def _one_of(field: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise SpecError(f"init 'lora-ga': {field} must be one of {', '.join(known)}, found {value!r}")
 
 
-def _stable(init: LoraGA, weight: Tensor, site: Site, generator: Generator) -> float:
+def _for_sgd(evidence: GradientEvidence, site: Site, split: Split) -> UnitPair:
+    A, B = _take(evidence.svd(2 * site.rank), split)
+    return UnitPair(A, B, 1.0 / site.scale, {})
+
+
+def _for_sign(evidence: GradientEvidence, site: Site, split: Split) -> UnitPair:
+    G = _exact(evidence, site)
+    A, B = _sign_directions(G, site, split)
+    before, full_size = compare_with_adam(A[None], B[None], G[None])
+    return UnitPair(A, B, float(full_size) / site.scale, {"adam_cosine": float(before)})
+
+
+def _for_adam(evidence: GradientEvidence, site: Site, split: Split) -> UnitPair:
+    G = _exact(evidence, site)
+    starts = [_take(evidence.svd(2 * site.rank), split), _sign_directions(G, site, split)]
+    candidates_A, candidates_B = (torch.stack(halves)[None] for halves in zip(*starts, strict=True))
+    found = align_with_adam(candidates_A, candidates_B, G[None])
+    # Only the ratio of A's size to B's matters to the cosine: give the two together the size of 2r unit vectors.
+    unit = math.sqrt(2 * site.rank / float(found.A.square().sum() + found.B.square().sum()))
+    A, B = unit * found.A, unit * found.B
+    _, full_size = compare_with_adam(A, B, G[None])
+    notes = {"adam_cosine_at_start": float(found.before), "adam_cosine": float(found.after)}
+    return UnitPair(A[0], B[0], float(full_size) / site.scale, notes)
+
+
+def _take(svd: tuple[Tensor, Tensor, Tensor], split: Split) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] from the leading singular vectors."""
+    (u, _, v), (for_A, for_B) = svd, split
+    return v[:, for_A].T, u[:, for_B]
+
+
+def _sign_directions(G: Tensor, site: Site, split: Split) -> tuple[Tensor, Tensor]:
+    return _take(truncated_svd(torch.sign(G), 2 * site.rank, torch.Generator().manual_seed(0)), split)
+
+
+def _exact(evidence: GradientEvidence, site: Site) -> Tensor:
+    """G itself: the sign of a sketch is not a sketch of the sign."""
+    if not isinstance(evidence, ExactEvidence):
+        raise EvidenceError(
+            f"{site.name}: align='sign' and align='adam' need the exact gradient, found a "
+            f"{type(evidence).__name__}; collect with method='exact', or use align='sgd'"
+        )
+    return evidence.matrix
+
+
+ALIGNMENTS: dict[str, Callable[[GradientEvidence, Site, Split], UnitPair]] = {
+    "sgd": _for_sgd,
+    "sign": _for_sign,
+    "adam": _for_adam,
+}
+
+
+def _stable(init: LoraGA, pair: UnitPair, weight: Tensor, site: Site, generator: Generator) -> float:
     return float(site.shape[0] ** 0.25 / init.gamma**0.5)
 
 
-def _gd(init: LoraGA, weight: Tensor, site: Site, generator: Generator) -> float:
-    return 1.0 / site.scale
+def _gd(init: LoraGA, pair: UnitPair, weight: Tensor, site: Site, generator: Generator) -> float:
+    return pair.full_size
 
 
-def _unit(init: LoraGA, weight: Tensor, site: Site, generator: Generator) -> float:
+def _unit(init: LoraGA, pair: UnitPair, weight: Tensor, site: Site, generator: Generator) -> float:
     return 1.0
 
 
-def _weight(init: LoraGA, weight: Tensor, site: Site, generator: Generator) -> float:
+def _weight(init: LoraGA, pair: UnitPair, weight: Tensor, site: Site, generator: Generator) -> float:
     singular_values = truncated_svd(weight, site.rank, generator)[1]
     return float((singular_values / site.scale).sqrt().mean())
 
 
-SCALES: dict[str, Callable[[LoraGA, Tensor, Site, Generator], float]] = {
+SCALES: dict[str, Callable[[LoraGA, UnitPair, Tensor, Site, Generator], float]] = {
     "stable": _stable,
     "gd": _gd,
     "unit": _unit,

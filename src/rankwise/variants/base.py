@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,12 @@ class AdapterLayer(nn.Module, ABC):
     """One adapter at one site: ``adapt`` adds it to the frozen layer's output, ``fold`` defines what it means.
 
     Law: adapt(layer, x, layer(x)) is what the layer with weight fold(W₀) makes of x.
+
+    Attributes:
+        additive: whether the change does not depend on W₀, so that several adapters' changes add up.
     """
+
+    additive: ClassVar[bool] = True
 
     def __init__(self, site: Site, kind: Kind, dropout: float) -> None:
         super().__init__()
@@ -64,6 +70,7 @@ class PairLayer(AdapterLayer):
 
     Attributes:
         lora_A [r, in], lora_B [out, r]: the trained tensors. With an anchor they are δA, δB, zero at the start.
+        notes: figures that the start left about itself, such as LoRA-GA's cosine with Adam's first step.
         start_A, start_B: the anchor A₀, B₀, or None. Without one, one half of the start is zero and trained in place.
     """
 
@@ -74,6 +81,7 @@ class PairLayer(AdapterLayer):
         super().__init__(site, kind, dropout)
         self.register_buffer("start_A", start.A.clone() if anchored else None)
         self.register_buffer("start_B", start.B.clone() if anchored else None)
+        self.notes = dict(start.notes)
         trained = torch.zeros_like if anchored else torch.clone
         self.lora_A = nn.Parameter(trained(start.A).contiguous())
         self.lora_B = nn.Parameter(trained(start.B).contiguous())
