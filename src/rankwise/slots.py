@@ -147,12 +147,28 @@ def install(model: nn.Module, name: str, spec: LoRA, layers: dict[str, AdapterLa
 
 
 def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Let these adapters, in this order, take part in the forward, and only them be trained."""
+    """Let these adapters, in this order, take part in the forward, and only them be trained.
+
+    Raises:
+        AttachError: a site would have several, one of which cannot be added to others. Nothing is changed then.
+    """
     _, record = host(model)
+    for path, slot in slots(model).items():
+        _check_additive(path, [layer for name, layer in slot.layers().items() if name in names])
     for slot in slots(model).values():
         slot.active = tuple(n for n in names if n in slot.adapters)
         for name, layer in slot.adapters.items():
             layer.requires_grad_(record.trainable[name] and name in names)
+
+
+def _check_additive(path: str, layers: list[AdapterLayer]) -> None:
+    alone = [type(layer).__name__ for layer in layers if not layer.additive]
+    if alone and len(layers) > 1:
+        raise AttachError(
+            f"{path}: {len(layers)} adapters cannot be active together here, as one is a {alone[0]}: what it adds "
+            f"depends on the whole weight, others' changes included; expected it alone: merge one adapter, then attach "
+            f"or load the other on top"
+        )
 
 
 def uninstall(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from rankwise.lowrank import LowRank
 from rankwise.plan import pattern_value
 from rankwise.scaling import SCALINGS
 from rankwise.spec import LoRA
+from rankwise.variants import Dora
 
 CONFIG, TENSORS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "rankwise.json"
 PREFIX = "base_model.model."
@@ -186,6 +187,7 @@ def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
             alpha_pattern=config.get("alpha_pattern") or {},
             modules_to_save=config.get("modules_to_save") or (),
             dropout=config.get("lora_dropout") or 0.0,
+            variant="dora" if config.get("use_dora") else "lora",
         )
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
@@ -215,6 +217,8 @@ def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA) -> SiteA
     for name, other in ((name_A, name_B), (name_B, name_A)):
         if name not in found:
             raise MissingTensor(f"{where}: {path} has {other} but no {name}; expected both halves of the pair")
+    if "lora_magnitude_vector" in found and not isinstance(spec.variant, Dora):
+        raise UnexpectedTensor(f"{where}: {path} has DoRA's lora_magnitude_vector, but {CONFIG} does not say use_dora")
     A, B = found.pop(name_A), found.pop(name_B)
     rank = pattern_value(spec.rank_pattern, path, spec.rank)
     _check_pair(where, path, A, B, rank)

@@ -2,10 +2,23 @@
 
 from rankwise.registry import Entry
 from rankwise.variants.base import AdapterLayer, PairLayer, Variant
+from rankwise.variants.dora import Dora, DoraLayer
 from rankwise.variants.lora import FoldedLora, FoldedLoraLayer, Lora, LoraLayer
 
 VARIANTS: dict[str, Entry] = {
     "lora": Entry(Lora, "arXiv 2106.09685", "W₀ + s(BA − B₀A₀)"),
+    "dora": Entry(Dora, "arXiv 2402.09353", "m ⊙ (W₀ + s(BA − B₀A₀)) / ‖·‖: each row's length trained apart"),
 }
 
-__all__ = ["VARIANTS", "AdapterLayer", "FoldedLora", "FoldedLoraLayer", "Lora", "LoraLayer", "PairLayer", "Variant"]
+__all__ = [
+    "VARIANTS",
+    "AdapterLayer",
+    "Dora",
+    "DoraLayer",
+    "FoldedLora",
+    "FoldedLoraLayer",
+    "Lora",
+    "LoraLayer",
+    "PairLayer",
+    "Variant",
+]

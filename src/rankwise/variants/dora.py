@@ -1,0 +1,153 @@
+"""DoRA: train the length of each row of the weight apart from its direction (Liu 2024, arXiv 2402.09353).
+
+    W' = m ⊙ (W + ΔW) / ‖W + ΔW‖        one norm and one trained magnitude per output, the norm not differentiated
+
+The paper calls the norm column-wise: its matrices are the transpose of torch's. The norm is never taken of a dense
+W + ΔW; with ΔW = s·B A (an anchor included: the stacked factors of the difference form) row o has
+
+    ‖W_o + ΔW_o‖² = ‖W_o‖² + c_o,    c_o = s·B_o·(2 W Aᵀ + s·B A Aᵀ)_o
+
+where ‖W_o‖ is constant. What is applied is the deviation d = m/‖W + ΔW‖ − 1, computed as such: the start is exactly
+the pretrained model, and bf16 keeps the digits of d that 1 + d would lose.
+
+In training, dropout acts on the input of ΔW alone: y = (1 + d) ⊙ (W x + ΔW·dropout(x)) + b. PEFT also drops the x of
+d ⊙ W x, which costs a second product with W. Without dropout, and in evaluation, the two agree.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import MissingTensor, ShapeMismatch
+from rankwise.layers import Kind
+from rankwise.lowrank import LowRank
+from rankwise.shapes import Float
+from rankwise.sites import Site, Start
+from rankwise.variants.base import Variant
+from rankwise.variants.lora import LoraLayer
+
+MAGNITUDE = "lora_magnitude_vector"
+
+
+class DoraLayer(LoraLayer):
+    """LoRA's pair with a trained length per output.
+
+    Attributes:
+        magnitude [out]: m; the norm of each row of W + ΔW at the start.
+        base_norm [out]: ‖W_o‖, constant.
+    """
+
+    additive: ClassVar[bool] = False
+    base_norm: Tensor
+
+    def __init__(
+        self, site: Site, kind: Kind, dropout: float, start: Start, weight: Float[Tensor, "out in"], *, anchored: bool
+    ) -> None:
+        super().__init__(site, kind, dropout, start, anchored=anchored)
+        self.register_buffer("base_norm", row_norms(weight), persistent=False)
+        self.magnitude = nn.Parameter(row_norms(weight))
+
+    def norm(self, layer: nn.Module) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
+        """‖W + ΔW‖ of each row, and what ΔW adds to its square; both constants for autograd."""
+        with torch.no_grad(), torch.autocast(self.base_norm.device.type, enabled=False):
+            term = self.delta()
+            B, A = term.B.to(self.base_norm.dtype), term.A.to(self.base_norm.dtype)
+            mixed = torch.addmm(self.kind.project(layer, A), B, A @ A.T, beta=2.0, alpha=term.scale)
+            added = mixed.mul_(B).sum(1).mul_(term.scale)
+            square = torch.addcmul(added, self.base_norm, self.base_norm).clamp_(min=0.0)
+            return square.sqrt_(), added
+
+    def deviation(self, norm: Float[Tensor, " out"], added: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """d = m/‖W + ΔW‖ − 1 = ((m − ‖W‖) − (‖W + ΔW‖ − ‖W‖)) / ‖W + ΔW‖; differentiable in m.
+
+        Of a row that is zero altogether, whose direction is undefined and whose output is zero whatever d, d = 0.
+        """
+        nowhere = norm == 0
+        norm = norm.masked_fill(nowhere, 1.0)
+        growth = added / (norm + self.base_norm)
+        return ((self.magnitude - self.base_norm - growth) / norm).masked_fill(nowhere, 0.0)
+
+    def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        d = self.deviation(*self.norm(layer))
+        return stretch(super().adapt(layer, x, y), d, self.kind.bias(layer), self.kind.output_axis)
+
+    def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """W' − W, from the dense norm: the definition that the factored one is tested against."""
+        turned = weight + super().change(weight)
+        norm = row_norms(turned.detach())
+        d = torch.where(norm > 0, (self.magnitude - norm) / norm, 0.0).to(weight.dtype)
+        return turned - weight + d[:, None] * turned
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        shape = (1, -1, 1, 1) if self.kind.name == "conv2d" else (-1,)
+        return {MAGNITUDE: self.magnitude.view(shape)}
+
+
+def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+    """‖W_o‖ of each row, in fp32 or finer."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return norms
+
+
+def stretch(v: Tensor, d: Float[Tensor, " out"], bias: Tensor | None, axis: int) -> Tensor:
+    """v + d ⊙ (v − b): a layer's output whose part without the bias b is multiplied by 1 + d per output.
+
+    Args:
+        v: the layer's output, outputs along ``axis``, a negative number.
+    """
+    shape = (-1, *(1,) * (-1 - axis))
+    z = v if bias is None else v - bias.to(v.dtype).view(shape)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch.addcmul(v, z, d.to(v.dtype).view(shape))
+    return _Stretch.apply(v, z.detach(), d, shape)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Stretch(torch.autograd.Function):
+    """v + d ⊙ z for z = v − constant: one pass back to v, where plain operations take one for v and one for z."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, z: Tensor, d: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(z, d)
+        ctx.shape = shape
+        return torch.addcmul(v, z, d.to(v.dtype).view(shape))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        z, d = ctx.saved_tensors
+        grad_v = grad_d = None
+        if ctx.needs_input_grad[0]:
+            grad_v = torch.addcmul(grad, grad, d.to(grad.dtype).view(ctx.shape))
+        if ctx.needs_input_grad[2]:
+            others = [axis for axis in range(-grad.dim(), 0) if axis != -len(ctx.shape)]
+            grad_d = (grad * z).sum(others, dtype=d.dtype)
+        return grad_v, None, grad_d, None
+
+
+@dataclass(frozen=True)
+class Dora(Variant):
+    """W' = m ⊙ (W + ΔW)/‖W + ΔW‖ per output, m trained."""
+
+    def build(self, site: Site, kind: Kind, weight: Tensor, start: Start, dropout: float) -> DoraLayer:
+        layer = DoraLayer(site, kind, dropout, start, weight, anchored=start.needs_anchor)
+        with torch.no_grad():  # ΔW is zero here, but for a start that is meant to change the model
+            layer.magnitude.copy_(row_norms(weight + layer.delta().dense()))
+        return layer
+
+    def restore(self, site: Site, kind: Kind, weight: Tensor, delta: LowRank, extra: Mapping[str, Tensor]) -> DoraLayer:
+        layer = DoraLayer(site, kind, 0.0, Start(delta.A, delta.B), weight, anchored=False)
+        if MAGNITUDE not in extra:
+            raise MissingTensor(
+                f"{site.name}: no {MAGNITUDE}, which use_dora promises; expected {site.shape[0]} numbers"
+            )
+        saved = extra[MAGNITUDE].flatten()
+        if saved.shape != layer.magnitude.shape:
+            raise ShapeMismatch(
+                f"{site.name}: {MAGNITUDE} has {saved.numel()} numbers; expected one for each of the {site.shape[0]}"
+            )
+        with torch.no_grad():
+            layer.magnitude.copy_(saved)
+        return layer
