@@ -1,0 +1,70 @@
+"""Text from a model, before and after its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import rankwise as rw
+from rankwise.train.merged import base_of
+from rankwise.train.pretrained import load_pretrained
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, what the pretrained model makes of it, and what the adapted one does."""
+
+    prompt: str
+    before: str
+    after: str
+    reference: str | None = None
+
+
+def before_and_after(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_new_tokens: int = 64
+) -> Sample:
+    """Greedy answers without and with the adapter; a list of messages goes through the chat template."""
+    text = _as_text(tokenizer, prompt)
+    with rw.disabled(model):
+        before = generate(model, tokenizer, text, max_new_tokens)
+    return Sample(text, before, generate(model, tokenizer, text, max_new_tokens))
+
+
+def answer(adapter: Path, base: str | None, prompt: str, *, chat: bool = False, max_new_tokens: int = 64) -> Sample:
+    """Load a saved adapter on its base model (or on `base`) and answer a prompt without and with it."""
+    model, tokenizer = load_pretrained(base or base_of(adapter))
+    rw.load(model, adapter)
+    asked: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
+    return before_and_after(model, tokenizer, asked, max_new_tokens)
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int = 64) -> str:
+    """Continue `text` greedily: the same answer every time."""
+    training = model.training
+    model.eval()
+    try:
+        inputs = tokenizer(text, return_tensors="pt").to(model.device)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+    finally:
+        model.train(training)
+    answer = output[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+
+def _as_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))

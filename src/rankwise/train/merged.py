@@ -1,0 +1,35 @@
+"""A saved adapter folded into its base model, as a plain transformers directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import rankwise as rw
+from rankwise.errors import BaseMismatch, BrokenFile, MergeError
+from rankwise.merge import MergeReport
+from rankwise.train.pretrained import load_pretrained
+
+
+def save_merged(adapter: Path, base: str | None, out: Path) -> MergeReport:
+    """Fold `adapter` into its base model (or `base`) and write model and tokenizer to `out`."""
+    if out.exists() and any(out.iterdir()):
+        raise MergeError(f"{out}: expected a new or empty directory for the merged model, found files. Choose another.")
+    model, tokenizer = load_pretrained(base or base_of(adapter))
+    rw.load(model, adapter)
+    report = rw.merge(model)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return report
+
+
+def base_of(adapter: Path) -> str:
+    """The base model that an adapter's configuration names."""
+    path = adapter / "adapter_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise BrokenFile(f"{path}: expected an adapter's configuration, found: {error}.") from None
+    if not isinstance(name, str) or not name:
+        raise BaseMismatch(f"{path}: names no base model. Say which one with --base.")
+    return name

@@ -1,0 +1,95 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+import rankwise as rw
+from rankwise.inits import INITS
+from rankwise.merge import MergeReport
+from rankwise.scaling import SCALINGS
+from rankwise.train.generation import Sample
+from rankwise.variants import VARIANTS
+
+
+def plan_table(sites: Sequence[rw.Site]) -> Table:
+    """The plan; layers that differ only in their number share a line."""
+    total = f"{sum(site.parameters for site in sites):,}"
+    table = Table(title="What is adapted", title_justify="left", show_footer=True)
+    table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
+    table.add_column("layers", footer="total", overflow="fold")
+    table.add_column("count", justify="right", footer=str(len(sites)))
+    table.add_column("kind")
+    table.add_column("out × in", justify="right")
+    table.add_column("rank", justify="right")
+    table.add_column("scale", justify="right")
+    table.add_column("parameters", justify="right", footer=total)
+    groups: defaultdict[tuple[str, str, tuple[int, int], int, float], list[rw.Site]] = defaultdict(list)
+    for site in sites:
+        groups[_without_numbers(site.name), site.kind, site.shape, site.rank, site.scale].append(site)
+    for (name, kind, (out, into), rank, scale), members in groups.items():
+        parameters = sum(site.parameters for site in members)
+        table.add_row(name, str(len(members)), kind, f"{out} × {into}", str(rank), f"{scale:.4g}", f"{parameters:,}")
+    return table
+
+
+def summary(metrics: dict[str, Any], adapter: Path, curve: Path) -> Table:
+    """How a run ended and where its files lie."""
+    table = _facts("Done")
+    if metrics["eval_loss_before"] is not None:
+        table.add_row("held-out loss", f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}")
+    table.add_row("training loss", f"{metrics['train_loss_first']:.4f} → {metrics['train_loss_last']:.4f}")
+    table.add_row("steps", f"{metrics['steps']} in {metrics['train_seconds']:.0f} s")
+    table.add_row("adapter", str(adapter))
+    table.add_row("loss curve", str(curve))
+    return table
+
+
+def sample_table(sample: Sample) -> Table:
+    """A prompt and its answers."""
+    table = _facts("")
+    table.add_row("prompt", escape(sample.prompt.strip()))
+    table.add_row("before", escape(sample.before))
+    table.add_row("after", escape(sample.after))
+    if sample.reference is not None:
+        table.add_row("reference", escape(sample.reference.strip()))
+    return table
+
+
+def methods_tables() -> Iterator[Table]:
+    """The tables of methods, as the library holds them."""
+    tables: dict[str, Any] = {"init": INITS, "scaling": SCALINGS, "variant": VARIANTS}
+    for field, methods in tables.items():
+        table = Table("name", "what it does", "paper", title=field, title_justify="left")
+        for name, entry in methods.items():
+            table.add_row(name, entry.summary, entry.paper)
+        yield table
+
+
+def merge_table(report: MergeReport, out: Path) -> Table:
+    """What was folded, and what rounding to the weights' precision cost."""
+    table = _facts("Merged")
+    table.add_row("layers", str(len(report.sites)))
+    lost = report.sites[report.worst].lost
+    table.add_row("lost to rounding", f"{lost:.2%} of the change at the worst layer, {report.worst}")
+    table.add_row("model", str(out))
+    return table
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)

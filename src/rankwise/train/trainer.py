@@ -1,0 +1,127 @@
+"""TRL's `SFTTrainer`, taught that the model carries a rankwise adapter: checkpoints hold the adapter only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+import rankwise as rw
+from rankwise.checkpoint import load_state, save_state
+from rankwise.errors import CheckpointError, TrainingError
+
+# What `Trainer` writes beside the weights. A resume without one of them goes on from another state than
+# the one that was saved, so each is asked for before anything is loaded.
+_RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+
+
+class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+    """Overrides where a `Trainer` saves, loads and steps, and nothing else.
+
+    A checkpoint directory is a PEFT adapter (`rw.save`) plus the raw trained tensors and their anchor, from
+    which the run goes on bit for bit.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def __init__(self, *, model: PreTrainedModel, lr_ratio: float | str | None = None, **kwargs: Any) -> None:
+        self.lr_ratio = lr_ratio
+        self._own_forward = vars(model).get("forward")
+        super().__init__(model=model, **kwargs)
+
+    def release(self) -> None:
+        """Give the model its own forward back: TRL and accelerate put theirs on the instance."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.model.__dict__.pop("forward", None)
+        if self._own_forward is not None:
+            self.model.forward = self._own_forward
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """LoRA+ asks for its own groups; otherwise transformers' are right."""
+        if self.optimizer is None and self.lr_ratio is not None:
+            args = self.args
+            groups = rw.param_groups(
+                self.model if model is None else model,
+                lr=args.learning_rate,
+                lr_ratio=self.lr_ratio,
+                weight_decay=args.weight_decay,
+            )
+            cls, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+            self.optimizer = cls(groups, **options)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One step; a loss that is not finite stops the run before it reaches the weights."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"step {self.state.global_step + 1}: expected a finite loss, found {loss.item()}. The adapter was not "
+                f"updated with it; earlier checkpoints in {self.args.output_dir} are good. Lower learning_rate (now "
+                f"{self.args.learning_rate:g}), add warmup_steps, or train with bf16: false."
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir if output_dir is not None else self.args.output_dir)
+        rw.save(self.model, directory)
+        save_state(self.model, directory)
+        self.processing_class.save_pretrained(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        missing = [name for name in _RESUME_FILES if not any(directory.glob(name))]
+        if missing:
+            raise CheckpointError(
+                f"{directory}: cannot resume exactly, {', '.join(missing)} not found there. Resume from another "
+                "checkpoint, or start anew from its adapter."
+            )
+        load_state(self.model if model is None else model, directory)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run writes its own card once its results are known."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing: a run tells nobody."""
+
+
+def newest_checkpoint(output_dir: str | Path) -> str:
+    """The checkpoint directory with the highest step, for `resume_from_checkpoint: true`."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    if not found:
+        raise CheckpointError(
+            f"{output_dir}: expected a checkpoint-N directory to resume from, found none. "
+            "Drop resume_from_checkpoint to start anew, or name the directory."
+        )
+    return str(max(found, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+
+
+# Fields that the trainer takes elsewhere or under another name.
+_OURS = ("resume_from_checkpoint", "gradient_checkpointing")
+
+
+def sft_config(training: dict[str, Any], *, max_length: int | None, seed: int, has_eval: bool) -> SFTConfig:
+    """Recipe fields as TRL's configuration; the additions below are what the fields imply."""
+    given = {name: value for name, value in training.items() if name not in _OURS}
+    evaluate = "no" if not has_eval else "epoch" if given["eval_steps"] is None else "steps"
+    return SFTConfig(
+        **given,
+        # transformers' new name for what everyone still calls gradient checkpointing.
+        activation_checkpointing=training["gradient_checkpointing"],
+        max_length=max_length,
+        seed=seed,
+        eval_strategy=evaluate,
+        # The start changes nothing, so an evaluation before the first step is the pretrained model's.
+        eval_on_start=has_eval and not training["resume_from_checkpoint"],
+        # transformers would report a NaN as the average of the losses before it.
+        logging_nan_inf_filter=False,
+        logging_first_step=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
