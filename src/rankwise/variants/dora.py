@@ -123,7 +123,7 @@ class _Stretch(torch.autograd.Function):
             grad_v = torch.addcmul(grad, grad, d.to(grad.dtype).view(ctx.shape))
         if ctx.needs_input_grad[2]:
             others = [axis for axis in range(-grad.dim(), 0) if axis != -len(ctx.shape)]
-            grad_d = (grad * z).sum(others, dtype=d.dtype)
+            grad_d = (grad * z).sum(others).to(d.dtype)  # sums accumulate in fp32
         return grad_v, None, grad_d, None
 
 
