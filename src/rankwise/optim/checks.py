@@ -15,3 +15,13 @@ def check_number(name: str, value: object, *, above_zero: bool) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value < 0 or (above_zero and value == 0):  # type: ignore[operator]
         raise SpecError(f"{name}: expected {expected}, found {value!r}")
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Refuse decay rates of Adam's moments outside [0, 1).
+
+    Raises:
+        SpecError: naming what was found.
+    """
+    if not all(0 <= beta < 1 for beta in betas):
+        raise SpecError(f"betas: expected two numbers in [0, 1), found {betas!r}")
