@@ -118,7 +118,8 @@ def _soft_sign(temperature: float) -> Sign:
 
     def sign(z: Tensor) -> Tensor:
         rms: Tensor = z.detach().square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-        return (z / (temperature * rms)).tanh()
+        soft: Tensor = torch.tanh(z / (temperature * rms))
+        return soft
 
     return sign
 
