@@ -10,11 +10,12 @@ from rankwise.merge import merge, unmerge
 from rankwise.optim import param_groups
 from rankwise.plan import plan
 from rankwise.sites import Site
-from rankwise.spec import LoRA
+from rankwise.spec import Bottleneck, LoRA
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bottleneck",
     "LoRA",
     "LowRank",
     "Pair",

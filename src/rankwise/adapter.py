@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankwise.layers import is_quantised, kind_of
 from rankwise.lowrank import LowRank
 from rankwise.spec import LoRA
-from rankwise.variants import AdapterLayer
+from rankwise.variants import FoldableLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Adapter:
     base_model: str | None = None
 
 
-def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, AdapterLayer]) -> Adapter:
+def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, FoldableLayer]) -> Adapter:
     """The adapter that these layers of ``model`` are, detached from it (CPU tensors)."""
     sites = {path: _site_adapter(model.get_submodule(path), layer) for path, layer in layers.items()}
     config = getattr(model, "config", None)
@@ -59,12 +59,12 @@ def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, AdapterLayer]) ->
         spec,
         sites,
         shortest_targets(model, list(layers)),
-        {path: probe(model.get_submodule(path)) for path in _spread(list(layers), 8)},
+        base_probes(model, list(layers)),
         getattr(config, "_name_or_path", None) or None,
     )
 
 
-def _site_adapter(layer: nn.Module, adapter: AdapterLayer) -> SiteAdapter:
+def _site_adapter(layer: nn.Module, adapter: FoldableLayer) -> SiteAdapter:
     with torch.no_grad():
         delta = adapter.delta()
         extra = {suffix: tensor.detach().cpu() for suffix, tensor in adapter.extra_tensors().items()}
@@ -82,6 +82,11 @@ def shortest_targets(model: nn.Module, sites: list[str]) -> tuple[str, ...]:
         alike = {name for name in modules if name == last or name.endswith(f".{last}")}
         targets.add(last if alike <= chosen else site)
     return tuple(sorted(targets))
+
+
+def base_probes(model: nn.Module, sites: list[str]) -> dict[str, tuple[float, ...]]:
+    """Module path → :func:`probe` of at most eight of the sites, spread evenly."""
+    return {path: probe(model.get_submodule(path)) for path in _spread(sites, 8)}
 
 
 def probe(layer: Any) -> tuple[float, ...]:

@@ -1,6 +1,5 @@
 """attach: gradients → start pairs → slots, in one call; and its inverse, detach."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import AttachError, EvidenceError
+from rankwise.errors import AttachError, EvidenceError, TargetError
 from rankwise.evidence import exact_gradients, input_covariances, input_directions, stored_weights
 from rankwise.inits import Init, Loftq
 from rankwise.inits.base import EvidenceNeed
 from rankwise.layers import is_quantised, kind_of
-from rankwise.plan import plan
+from rankwise.plan import plan, target_layers
 from rankwise.shapes import Float
-from rankwise.sites import Site
+from rankwise.sites import Site, site_generator
 from rankwise.slots import (
     adapter_layers,
     adapter_name,
@@ -29,15 +28,15 @@ from rankwise.slots import (
     switched_off,
     uninstall,
 )
-from rankwise.spec import LoRA
-from rankwise.variants import AdapterLayer, FoldedLora, FoldedLoraLayer, PairLayer, Variant
+from rankwise.spec import Bottleneck, LoRA
+from rankwise.variants import BottleneckLayer, FoldableLayer, FoldedLora, FoldedLoraLayer, PairLayer, Variant
 
 log = logging.getLogger("rankwise")
 
 
 def attach(
     model: nn.Module,
-    spec: LoRA,
+    spec: LoRA | Bottleneck,
     *,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -48,7 +47,7 @@ def attach(
 
     Args:
         model: any module; it is changed in place (child modules and hooks on the adapted layers, nothing else).
-        spec: what to adapt and how.
+        spec: what to adapt and how: ``LoRA(...)``, or ``Bottleneck(...)``, which needs no batches.
         batches: training batches for an init that needs to see data: dicts for ``model(**batch)`` (whose output has
             ``.loss`` where gradients are needed), or anything that ``loss(model, batch)`` takes.
         evidence: what :func:`rankwise.gradients`, ``activations``, ``covariances`` or ``weights`` returned, instead
@@ -70,16 +69,16 @@ def attach(
     88
     """
     _check_name(model, name)
-    init, planned = spec.init, plan(model, spec)
-    assert isinstance(init, Init)
     found = find_record(model)
     owner = found[0] if found else model
+    if isinstance(spec, Bottleneck):
+        install(model, name, spec, _bottlenecks(owner, spec), trainable=True)
+        return model
+    planned = plan(model, spec)
     if spec.anchor == "fold":
         _check_foldable(owner, planned, found is not None)
     with switched_off(model) if found else nullcontext():
-        seen = _evidence(_Wanted(owner, init, planned, batches, loss), evidence)
-        sites = _with_ranks(init, planned, seen)
-        built = {site.name: _build(owner.get_submodule(site.name), site, spec, seen.get(site.name)) for site in sites}
+        built = _adapters(owner, spec, planned, batches, loss, evidence)
     install(model, name, spec, built, trainable=True)
     if spec.anchor == "fold":
         _fold_starts(owner, built)
@@ -170,10 +169,36 @@ def _with_ranks(init: Init, sites: Sequence[Site], seen: Mapping[str, Any]) -> l
     return [replace(site, rank=ranks[site.name]) for site in sites if ranks[site.name]]
 
 
-def site_generator(seed: int, site_name: str) -> torch.Generator:
-    """A CPU generator that depends on (seed, site name) only, so not on order or sharding."""
-    digest = hashlib.sha256(f"{seed}:{site_name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+def _adapters(
+    model: nn.Module,
+    spec: LoRA,
+    planned: Sequence[Site],
+    batches: Iterable[Any] | None,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    evidence: Mapping[str, Any] | None,
+) -> dict[str, FoldableLayer]:
+    """Site name → adapter layer: the evidence is collected, ranks are settled, each site gets its start."""
+    init = spec.init
+    assert isinstance(init, Init)
+    seen = _evidence(_Wanted(model, init, planned, batches, loss), evidence)
+    sites = _with_ranks(init, planned, seen)
+    return {site.name: _build(model.get_submodule(site.name), site, spec, seen.get(site.name)) for site in sites}
+
+
+def _bottlenecks(model: nn.Module, spec: Bottleneck) -> dict[str, BottleneckLayer]:
+    """Site name → bottleneck, on the device of the layer's weight, in fp32 or finer."""
+    built = {}
+    layers: dict[str, Any] = dict(target_layers(model, spec.target_modules, spec.exclude_modules))
+    for name, layer in layers.items():
+        kind = kind_of(layer)
+        assert kind is not None
+        if kind.output_axis != -1:
+            raise TargetError(f"{name} is a {kind.name}, but a bottleneck reads outputs on the last axis; exclude it")
+        site = Site(name, kind.name, kind.shape(layer), spec.width, 1.0)
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        adapter = BottleneckLayer(site, kind, spec.activation, spec.dropout, dtype, layer.weight.device)
+        built[name] = adapter.start(site_generator(spec.seed, name))
+    return built
 
 
 def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
@@ -185,7 +210,7 @@ def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
 
 
 @torch.no_grad()
-def _build(layer: nn.Module, site: Site, spec: LoRA, seen: Any) -> AdapterLayer:
+def _build(layer: nn.Module, site: Site, spec: LoRA, seen: Any) -> FoldableLayer:
     assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
     kind = kind_of(layer)
     assert kind is not None
@@ -214,7 +239,7 @@ def _check_foldable(model: nn.Module, sites: Iterable[Site], occupied: bool) -> 
 
 
 @torch.no_grad()
-def _fold_starts(model: nn.Module, built: Mapping[str, AdapterLayer]) -> None:
+def _fold_starts(model: nn.Module, built: Mapping[str, FoldableLayer]) -> None:
     """Put W₀ − sB₀A₀ in the place of W₀ and report what rounding cost."""
     worst = 0.0
     for path, adapter in built.items():
@@ -261,7 +286,10 @@ def _detach_one(model: nn.Module, name: str) -> None:
 
 
 def activate(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
-    """Let the named adapter (or several, their changes added up) take part in the forward, and only it be trained.
+    """Let the named adapter (or several) take part in the forward, and only it be trained.
+
+    Several changes of a weight add up; a bottleneck acts on the output of the layer so changed, whatever the order of
+    the names; several bottlenecks act one after the other in the order of the names.
 
     Raises:
         AttachError: no such adapter, or one that cannot be combined with another (DoRA).

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankwise.errors import MergeError
 from rankwise.layers import is_quantised
 from rankwise.slots import Slot, host, put_slot, remove_slot, slots, uninstall
+from rankwise.variants import FoldableLayer
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
     active = {path: slot for path, slot in slots(owner).items() if slot.active and slot.enabled}
     if not active:
         raise MergeError("no adapter is active, so there is nothing to merge: call rankwise.activate(model, name)")
+    _check_changes_of_weight(active)
     _check_unshared(owner, active)
     folded = {path: _fold(owner.get_submodule(path), slot) for path, slot in active.items()}
     for path, slot in slots(owner).items():
@@ -79,6 +81,16 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
     if not keep_base:
         uninstall(owner)
     return MergeReport({path: report for path, (_, report) in folded.items()})
+
+
+def _check_changes_of_weight(active: Mapping[str, Slot]) -> None:
+    for path, slot in active.items():
+        for name in slot.active:
+            if not isinstance(slot.adapters[name], FoldableLayer):
+                raise MergeError(
+                    f"{path}: adapter {name!r} is a {type(slot.adapters[name]).__name__}, which is not linear, so no "
+                    f"weight can hold it; activate only adapters that change the weight, then merge"
+                )
 
 
 def _check_unshared(model: nn.Module, active: Mapping[str, Slot]) -> None:
@@ -102,7 +114,7 @@ def _check_unshared(model: nn.Module, active: Mapping[str, Slot]) -> None:
 
 def _fold(layer: Any, slot: Slot) -> tuple[Tensor, SiteMerge]:
     """The folded weight in the layer's layout and dtype, and what rounding did to it."""
-    adapters = [slot.layers()[name] for name in slot.active]
+    adapters = slot.active_changes()
     kind = adapters[0].kind
     stored = layer.weight.data if slot.original is None else slot.original
     base = kind.matrix(layer, stored)

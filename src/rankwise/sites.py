@@ -1,8 +1,10 @@
 """Site: one place that an adapter goes to. Start: the pair that its training starts from."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from rankwise.shapes import Float
@@ -29,6 +31,12 @@ class Site:
     def parameters(self) -> int:
         """Trained numbers of a plain pair here: r (out + in)."""
         return self.rank * sum(self.shape)
+
+
+def site_generator(seed: int, site_name: str) -> torch.Generator:
+    """A CPU generator that depends on (seed, site name) only, so not on order or sharding."""
+    digest = hashlib.sha256(f"{seed}:{site_name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @dataclass(frozen=True, eq=False)

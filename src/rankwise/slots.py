@@ -4,7 +4,7 @@ A layer keeps its class, its keys and its quantised kernel. What the library kno
 per adapted layer) and in one plain record on the module that ``attach`` was called with.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import AttachError, SiteNeverFired
 from rankwise.registry import nearest
-from rankwise.spec import LoRA
-from rankwise.variants import AdapterLayer
+from rankwise.spec import Bottleneck, LoRA
+from rankwise.variants import AdapterLayer, FoldableLayer
 
 SLOT = "rankwise"  # the child module's name on an adapted layer
 _RECORD = "_rankwise_record"  # the plain attribute on the model
@@ -27,7 +27,8 @@ class Slot(nn.Module):
 
     Attributes:
         adapters: name → adapter layer.
-        active: names that take part in the forward, in this order.
+        active: names that take part in the forward, in this order: changes of the weight before bottlenecks, which act
+            on the output of the layer so changed.
         enabled: False inside ``disabled(model)``.
         fired: whether the layer's forward has run with this slot.
         original: the base weight as it was, where ``anchor="fold"`` has put another in its place.
@@ -55,6 +56,10 @@ class Slot(nn.Module):
         """Name → adapter layer."""
         return {name: layer for name, layer in self.adapters.items() if isinstance(layer, AdapterLayer)}
 
+    def active_changes(self) -> list[FoldableLayer]:
+        """The active adapters that are changes of the weight."""
+        return [found for name in self.active if isinstance(found := self.adapters[name], FoldableLayer)]
+
 
 @dataclass
 class Record:
@@ -67,7 +72,7 @@ class Record:
         merged: what ``merge`` put aside: (layer path, base weight, slot).
     """
 
-    specs: dict[str, LoRA] = field(default_factory=dict)
+    specs: dict[str, LoRA | Bottleneck] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     base_flags: dict[str, bool] = field(default_factory=dict)
     merged: list[tuple[str, Tensor, Slot]] = field(default_factory=list)
@@ -102,7 +107,7 @@ def adapter_name(model: nn.Module, name: str | None) -> str:
     """
     _, record = host(model)
     if name is None:
-        active = next(iter(slots(model).values())).active if slots(model) else ()
+        active = list(dict.fromkeys(name for slot in slots(model).values() for name in slot.active))
         if len(active) != 1:
             raise AttachError(f"name one adapter: {len(active)} are active, the model has {sorted(record.specs)}")
         return active[0]
@@ -123,7 +128,9 @@ def adapter_layers(model: nn.Module, name: str) -> dict[str, AdapterLayer]:
     return {site: slot.layers()[name] for site, slot in slots(model).items() if name in slot.adapters}
 
 
-def install(model: nn.Module, name: str, spec: LoRA, layers: dict[str, AdapterLayer], *, trainable: bool) -> None:
+def install(
+    model: nn.Module, name: str, spec: LoRA | Bottleneck, layers: Mapping[str, AdapterLayer], *, trainable: bool
+) -> None:
     """Put built adapter layers on their sites, freeze the base and make the adapter the active one."""
     found = find_record(model)
     owner, record = found if found else (model, Record())
@@ -156,16 +163,18 @@ def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
     for path, slot in slots(model).items():
         _check_additive(path, [layer for name, layer in slot.layers().items() if name in names])
     for slot in slots(model).values():
-        slot.active = tuple(n for n in names if n in slot.adapters)
+        here = [n for n in names if n in slot.adapters]
+        slot.active = tuple(sorted(here, key=lambda n: not isinstance(slot.adapters[n], FoldableLayer)))
         for name, layer in slot.adapters.items():
             layer.requires_grad_(record.trainable[name] and name in names)
 
 
 def _check_additive(path: str, layers: list[AdapterLayer]) -> None:
-    alone = [type(layer).__name__ for layer in layers if not layer.additive]
-    if alone and len(layers) > 1:
+    changes = [layer for layer in layers if isinstance(layer, FoldableLayer)]
+    alone = [type(layer).__name__ for layer in changes if not layer.additive]
+    if alone and len(changes) > 1:
         raise AttachError(
-            f"{path}: {len(layers)} adapters cannot be active together here, as one is a {alone[0]}: what it adds "
+            f"{path}: {len(changes)} adapters cannot be active together here, as one is a {alone[0]}: what it adds "
             f"depends on the whole weight, others' changes included; expected it alone: merge one adapter, then attach "
             f"or load the other on top"
         )
@@ -227,7 +236,7 @@ def _add_adapters(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return slot(layer, args[0] if args else kwargs["input"], output)  # type: ignore[no-any-return]
 
 
-def _watch(owner: nn.Module, layers: dict[str, AdapterLayer]) -> None:
+def _watch(owner: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
     """Look during the first forward which sites' parents ran, to tell bypassed sites from unused ones."""
     _unwatch(owner)
     for path in layers:

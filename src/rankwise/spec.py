@@ -1,4 +1,4 @@
-"""``LoRA(...)``: what to adapt and how, validated when it is made."""
+"""``LoRA(...)`` and ``Bottleneck(...)``: what to adapt and how, validated when it is made."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from rankwise.errors import SpecError
 from rankwise.inits import INITS, Init
 from rankwise.registry import as_plain, name_of, nearest, resolve
 from rankwise.scaling import SCALINGS
-from rankwise.variants import VARIANTS, Variant
+from rankwise.variants import ACTIVATIONS, VARIANTS, Variant
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,8 @@ class LoRA:
         self._freeze("variant", resolve(VARIANTS, self.variant, "variant"))
         _check_choice("scaling", self.scaling, SCALINGS)
         _check_choice("anchor", self.anchor, ("frozen", "fold"))
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise SpecError(f"dropout must be at least 0 and below 1, found {self.dropout!r}")
-        if type(self.seed) is not int:
-            raise SpecError(f"seed must be an integer, found {self.seed!r}")
+        _check_dropout(self.dropout)
+        _check_seed(self.seed)
         if self.anchor == "fold" and name_of(VARIANTS, self.variant) != "lora":
             raise SpecError("anchor='fold' goes with variant='lora' only; leave anchor='frozen'")
 
@@ -112,6 +110,44 @@ class LoRA:
         return hash(repr(sorted(self.to_dict().items())))
 
 
+@dataclass(frozen=True)
+class Bottleneck:
+    """A bottleneck adapter's specification: y + up(act(down(y))) on the outputs of the target layers.
+
+    Houlsby 2019 (arXiv 1902.00751) puts one behind each sub-layer's last projection, before the residual sum.
+
+    Attributes:
+        target_modules: as in :class:`LoRA`; for example ["o_proj", "down_proj"].
+        width: of the bottleneck.
+        activation: "gelu", "relu", "silu" or "tanh".
+        dropout: probability that an element inside the bottleneck is dropped in training.
+        exclude_modules, seed: as in :class:`LoRA`.
+
+    Raises:
+        SpecError: a field is out of range, unknown, or of the wrong type.
+    """
+
+    target_modules: str | Sequence[str]
+    width: int = 64
+    activation: str = "gelu"
+    dropout: float = 0.0
+    exclude_modules: str | Sequence[str] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_rank("width", self.width)
+        _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_dropout(self.dropout)
+        _check_seed(self.seed)
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (JSON, YAML): ``Bottleneck(**plain)`` is an equal spec."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
@@ -124,6 +160,16 @@ def _check_rank(name: str, value: object) -> None:
 def _check_alpha(name: str, value: object) -> None:
     if not _is_number(value) or value <= 0:  # type: ignore[operator]
         raise SpecError(f"{name} must be a positive finite number, found {value!r}")
+
+
+def _check_dropout(value: Any) -> None:
+    if not _is_number(value) or not 0.0 <= value < 1.0:
+        raise SpecError(f"dropout must be at least 0 and below 1, found {value!r}")
+
+
+def _check_seed(value: object) -> None:
+    if type(value) is not int:
+        raise SpecError(f"seed must be an integer, found {value!r}")
 
 
 def _check_choice(name: str, value: object, known: Any) -> None:

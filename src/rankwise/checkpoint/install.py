@@ -1,5 +1,6 @@
 """save and load: an adapter between a model and a PEFT directory."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,29 +8,37 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapter import Adapter, SiteAdapter, extract, probe
-from rankwise.checkpoint.peft_format import BASE_COPY, TENSORS, read_adapter, write_adapter
-from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnsupportedAdapter
+from rankwise.checkpoint.bottleneck_format import PEFT_TYPE, read_bottlenecks, write_bottlenecks
+from rankwise.checkpoint.files import read_json
+from rankwise.checkpoint.peft_format import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
+from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch
 from rankwise.layers import Kind, dequantised, is_quantised, kind_of
 from rankwise.lowrank import LowRank
 from rankwise.registry import nearest
 from rankwise.sites import Site
 from rankwise.slots import adapter_layers, adapter_name, find_record, host, install, switched_off
-from rankwise.variants import AdapterLayer, Variant
+from rankwise.spec import Bottleneck
+from rankwise.variants import FoldableLayer, Variant
 
 
 def save(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:
     """Write an adapter (the active one by default) as a PEFT directory that is exact on the clean base.
 
-    Each file is written whole and renamed into place.
+    A bottleneck adapter, which PEFT does not know, gets a directory that only :func:`load` reads. Each file is written
+    whole and renamed into place.
 
     Raises:
         AttachError: no such adapter, or several are active and no name is given.
     """
     name = adapter_name(model, name)
     owner, record = host(model)
+    spec, layers = record.specs[name], adapter_layers(model, name)
     with switched_off(model):  # the probe must see the pretrained weights, whatever the anchor
-        adapter = extract(owner, record.specs[name], adapter_layers(model, name))
-    write_adapter(adapter, directory)
+        if isinstance(spec, Bottleneck):
+            write_bottlenecks(owner, spec, layers, directory)
+        else:
+            changes = {path: layer for path, layer in layers.items() if isinstance(layer, FoldableLayer)}
+            write_adapter(extract(owner, spec, changes), directory)
 
 
 def load(
@@ -58,14 +67,20 @@ def load(
     if found and (name in found[1].specs or found[1].merged):
         state = "is merged" if found[1].merged else f"already carries an adapter {name!r}"
         raise AttachError(f"this model {state}: detach first" + ("" if found[1].merged else " or give another name"))
-    adapter = read_adapter(directory)
     owner = found[0] if found else model
+    if read_json(Path(directory) / CONFIG).get("peft_type") == PEFT_TYPE:
+        bottleneck, layers, probes = read_bottlenecks(owner, directory)
+        if not allow_other_base:
+            _check_base(owner, probes, None, directory)
+        install(owner, name, bottleneck, layers, trainable=trainable)
+        return model
+    adapter = read_adapter(directory)
     _check_promised(owner, adapter, Path(directory) / TENSORS)
     variant = adapter.spec.variant
     assert isinstance(variant, Variant)
     built = {path: _restore(owner, path, site, variant, directory) for path, site in adapter.sites.items()}
     if not allow_other_base:
-        _check_base(owner, adapter, directory)
+        _check_base(owner, adapter.base_probe, adapter.base_model, directory)
     install(owner, name, adapter.spec, built, trainable=trainable)
     return model
 
@@ -80,12 +95,12 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
             raise MissingTensor(f"{where}: no tensors for {path}, which target_modules names; the file is incomplete")
 
 
-def _restore(model: nn.Module, path: str, site: SiteAdapter, variant: Variant, directory: str | Path) -> AdapterLayer:
+def _restore(model: nn.Module, path: str, site: SiteAdapter, variant: Variant, directory: str | Path) -> FoldableLayer:
     layer, kind = _layer(model, path, directory)
     _check_fits(layer, kind, path, site, directory)
     extra = dict(site.extra)
     _check_base_copy(layer, path, extra.pop(BASE_COPY, None), directory)
-    delta = _per_group(site.delta, site.kernel, site.groups, path)
+    delta = site.delta
     weight = dequantised(layer) if is_quantised(layer) else kind.weight(layer)
     device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
     moved = LowRank(delta.B.to(device, dtype), delta.A.to(device, dtype), delta.scale)
@@ -122,44 +137,21 @@ def _check_fits(layer: Any, kind: Kind, path: str, site: SiteAdapter, directory:
     alike = kind.name == site.kind or (kind.name == "conv1d" and site.kind == "linear")
     out, into = kind.shape(layer)
     kernel = kind.kernel(layer)
-    full = (kernel[0] * kind.groups(layer), *kernel[1:]) if kernel else ()
-    fits = alike and site.groups == kind.groups(layer) and site.delta.B.shape[0] == out
-    fits = fits and (site.kernel == full if kernel else site.delta.A.shape[1] == into)
+    fits = alike and site.groups == kind.groups(layer) and site.delta.shape == (out, into) and site.kernel == kernel
     if not fits:
         raise ShapeMismatch(
             f"{directory}: {path} is a {site.kind} of {site.delta.B.shape[0]} × "
-            f"{site.kernel or site.delta.A.shape[1]} in the file and a {kind.name} of {out} × {full or into} in this "
+            f"{site.kernel or site.delta.A.shape[1]} in the file and a {kind.name} of {out} × {kernel or into} in this "
             f"model; it was written for another base"
         )
 
 
-def _per_group(delta: LowRank, kernel: tuple[int, ...], groups: int, path: str) -> LowRank:
-    """Undo ``peft_format``'s copies of A, one per group of a convolution.
-
-    Raises:
-        UnsupportedAdapter: A mixes channels across groups, so ΔW is no grouped convolution.
-    """
-    if groups == 1:
-        return delta
-    blocks = delta.A.view(groups, -1, groups, kernel[0] // groups, *kernel[1:])
-    shared = blocks[0, :, 0]
-    same = all(
-        torch.equal(blocks[i, :, j], shared if i == j else torch.zeros_like(shared))
-        for i in range(groups)
-        for j in range(groups)
-    )
-    if not same:
-        raise UnsupportedAdapter(
-            f"{path}: its lora_A mixes channels across the {groups} groups of the convolution, so it cannot be folded "
-            f"into the weight; only adapters with one A shared by all groups are read"
-        )
-    return LowRank(delta.B, shared.flatten(1), delta.scale)
-
-
-def _check_base(model: nn.Module, adapter: Adapter, directory: str | Path) -> None:
+def _check_base(
+    model: nn.Module, probes: Mapping[str, tuple[float, ...]], base_model: str | None, directory: str | Path
+) -> None:
     """Compare the recorded probe of the base with this model's weights, with room for rounding to bf16 or 4 bits."""
     with switched_off(model):
-        for path, recorded in adapter.base_probe.items():
+        for path, recorded in probes.items():
             layer: Any = model.get_submodule(path)
             there, here = torch.tensor(recorded), torch.tensor(probe(layer))
             room = 0.25 if is_quantised(layer) else 0.02
@@ -167,6 +159,6 @@ def _check_base(model: nn.Module, adapter: Adapter, directory: str | Path) -> No
             if gap > room:
                 raise BaseMismatch(
                     f"{directory}: the base weights at {path} differ by {gap:.0%} from those that the adapter was "
-                    f"trained on (expected ≤ {room:.0%}); load its own base {adapter.base_model or ''}, "
+                    f"trained on (expected ≤ {room:.0%}); load its own base {base_model or ''}, "
                     f"or pass allow_other_base=True"
                 )

@@ -223,14 +223,40 @@ def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA) -> SiteA
     rank = pattern_value(spec.rank_pattern, path, spec.rank)
     _check_pair(where, path, A, B, rank)
     scale = spec.scale(rank, pattern_value(spec.alpha_pattern, path, spec.alpha))
-    delta = LowRank(_wide(B.flatten(1)), _wide(A.flatten(1)), scale)
     kind = "embedding" if embedding else "conv2d" if A.dim() == 4 else "linear"
-    return SiteAdapter(kind, delta, tuple(A.shape[1:]) if A.dim() == 4 else (), _groups(rank, B), found)
+    groups = rank // B.shape[1]  # a grouped convolution's B has rank/groups columns
+    A = _shared_A(where, path, A, groups)
+    delta = LowRank(_wide(B.flatten(1)), _wide(A.flatten(1)), scale)
+    return SiteAdapter(kind, delta, tuple(A.shape[1:]) if kind == "conv2d" else (), groups, found)
 
 
-def _groups(rank: int, B: Tensor) -> int:
-    """A grouped convolution's B has rank/groups columns."""
-    return rank // B.shape[1]
+def _shared_A(where: Path, path: str, A: Tensor, groups: int) -> Tensor:
+    """(groups·r, in, kh, kw) as (r, in/groups, kh, kw): undoes :func:`_conv_A`.
+
+    Raises:
+        ShapeMismatch: the channels do not divide into groups.
+        UnsupportedAdapter: A mixes channels across groups, so ΔW is no grouped convolution.
+    """
+    if groups == 1:
+        return A
+    if A.shape[1] % groups:
+        raise ShapeMismatch(
+            f"{where}: {path}: lora_A {tuple(A.shape)} has {A.shape[1]} channels, which do not divide into the "
+            f"{groups} groups that lora_B's columns tell of"
+        )
+    blocks = A.view(groups, -1, groups, A.shape[1] // groups, *A.shape[2:])
+    shared = blocks[0, :, 0]
+    same = all(
+        torch.equal(blocks[i, :, j], shared if i == j else torch.zeros_like(shared))
+        for i in range(groups)
+        for j in range(groups)
+    )
+    if not same:
+        raise UnsupportedAdapter(
+            f"{where}: {path}: its lora_A mixes channels across the {groups} groups of the convolution, so it cannot "
+            f"be folded into the weight; expected one A shared by all groups"
+        )
+    return shared
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -241,6 +267,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _check_pair(where: Path, path: str, A: Tensor, B: Tensor, rank: int) -> None:
     fits = A.dim() == B.dim() and A.dim() in (2, 4) and A.shape[0] == rank
     fits = fits and (B.shape[1] == rank or (A.dim() == 4 and B.shape[1] > 0 and rank % B.shape[1] == 0))
+    fits = fits and all(size == 1 for size in B.shape[2:])
     if not fits or not A.is_floating_point() or not B.is_floating_point():
         raise ShapeMismatch(
             f"{where}: {path}: lora_A {tuple(A.shape)} {A.dtype} and lora_B {tuple(B.shape)} {B.dtype} do not make a "

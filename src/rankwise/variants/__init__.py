@@ -1,7 +1,8 @@
 """Variants: what is done with the pair. One file a method, one line in the table."""
 
 from rankwise.registry import Entry
-from rankwise.variants.base import AdapterLayer, PairLayer, Variant
+from rankwise.variants.base import AdapterLayer, FoldableLayer, PairLayer, Variant
+from rankwise.variants.bottleneck import ACTIVATIONS, BottleneckLayer
 from rankwise.variants.dora import Dora, DoraLayer
 from rankwise.variants.lora import FoldedLora, FoldedLoraLayer, Lora, LoraLayer
 
@@ -11,10 +12,13 @@ VARIANTS: dict[str, Entry] = {
 }
 
 __all__ = [
+    "ACTIVATIONS",
     "VARIANTS",
     "AdapterLayer",
+    "BottleneckLayer",
     "Dora",
     "DoraLayer",
+    "FoldableLayer",
     "FoldedLora",
     "FoldedLoraLayer",
     "Lora",

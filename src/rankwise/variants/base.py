@@ -14,7 +14,26 @@ from rankwise.sites import Site, Start
 
 
 class AdapterLayer(nn.Module, ABC):
-    """One adapter at one site: ``adapt`` adds it to the frozen layer's output, ``fold`` defines what it means.
+    """One adapter at one site: ``adapt`` puts it on the frozen layer's output."""
+
+    def __init__(self, site: Site, kind: Kind, dropout: float) -> None:
+        super().__init__()
+        self.site = site
+        self.kind = kind
+        self.dropout = dropout
+
+    @property
+    def active_dropout(self) -> float:
+        """The probability in force now: 0 outside training."""
+        return self.dropout if self.training else 0.0
+
+    @abstractmethod
+    def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The adapted output, from the layer's input x and its own output y (which may be written into)."""
+
+
+class FoldableLayer(AdapterLayer):
+    """An adapter that is a change of the weight: ``fold`` defines what ``adapt`` means.
 
     Law: adapt(layer, x, layer(x)) is what the layer with weight fold(W₀) makes of x.
 
@@ -24,29 +43,14 @@ class AdapterLayer(nn.Module, ABC):
 
     additive: ClassVar[bool] = True
 
-    def __init__(self, site: Site, kind: Kind, dropout: float) -> None:
-        super().__init__()
-        self.site = site
-        self.kind = kind
-        self.dropout = dropout
-
     @property
     def scale(self) -> float:
         """s of ΔW = s(BA − B₀A₀)."""
         return self.site.scale
 
-    @property
-    def active_dropout(self) -> float:
-        """The probability in force now: 0 outside training."""
-        return self.dropout if self.training else 0.0
-
     @abstractmethod
     def delta(self) -> LowRank:
         """The low-rank change s(BA − B₀A₀); what else the variant does to the weight is in :meth:`change`."""
-
-    @abstractmethod
-    def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output, from the layer's input x and its own output y (which may be written into)."""
 
     @abstractmethod
     def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -65,7 +69,7 @@ class AdapterLayer(nn.Module, ABC):
         return f"{self.site.kind} {out}×{into}, rank={self.site.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-class PairLayer(AdapterLayer):
+class PairLayer(FoldableLayer):
     """An adapter layer with a trained pair, and the frozen start that cancels it where both halves are non-zero.
 
     Attributes:
@@ -103,11 +107,11 @@ class Variant(ABC):
     @abstractmethod
     def build(
         self, site: Site, kind: Kind, weight: Float[Tensor, "out in"], start: Start, dropout: float
-    ) -> AdapterLayer:
+    ) -> FoldableLayer:
         """One site's adapter layer for a new adapter, in the dtype and on the device of the start pair."""
 
     @abstractmethod
     def restore(
         self, site: Site, kind: Kind, weight: Float[Tensor, "out in"], delta: LowRank, extra: Mapping[str, Tensor]
-    ) -> AdapterLayer:
-        """One site's adapter layer from what :meth:`AdapterLayer.delta` and ``extra_tensors`` gave a file."""
+    ) -> FoldableLayer:
+        """One site's adapter layer from what :meth:`FoldableLayer.delta` and ``extra_tensors`` gave a file."""
