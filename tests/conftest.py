@@ -24,9 +24,8 @@ settings.register_profile(
 )
 settings.load_profile("rankwise")
 
-# One test process per core runs under xdist: more threads than that would only get in each other's way.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+# The tensors here are tiny, and under xdist one process per core runs: more threads would only get in each other's way.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
