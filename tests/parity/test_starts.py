@@ -42,7 +42,8 @@ def make() -> tuple[Tiny, list[dict[str, Tensor]]]:
 
 def test_eva_finds_pefts_directions_and_ranks() -> None:
     model, batches = make()
-    config = LoraConfig(r=3, init_lora_weights="eva", target_modules=TARGETS, eva_config=EvaConfig(rho=2.0, tau=0.99999))
+    eva = EvaConfig(rho=2.0, tau=0.99999)  # with a lower one it stops before it has seen all batches
+    config = LoraConfig(r=3, init_lora_weights="eva", target_modules=TARGETS, eva_config=eva)
     theirs = get_eva_state_dict(model, batches, config, show_progress_bar=False)
     rw.attach(model, rw.LoRA(rank=3, init="eva", target_modules=TARGETS), batches=batches)
     ours = {pair.name: pair.A.detach() for pair in rw.pairs(model)}
