@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Adapter:
         targets: the shortest list of module names that selects exactly these sites on the base they came from.
         base_probe: module path → 16 evenly spaced base weights, by which another base is recognised.
         base_model: name or path of the base, where known.
+        saved: the tensors of ``modules_to_save``, by their names in the model's state dict.
     """
 
     spec: LoRA
@@ -49,18 +51,26 @@ class Adapter:
     targets: tuple[str, ...]
     base_probe: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     base_model: str | None = None
+    saved: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, FoldableLayer]) -> Adapter:
-    """The adapter that these layers of ``model`` are, detached from it (CPU tensors)."""
-    sites = {path: _site_adapter(model.get_submodule(path), layer) for path, layer in layers.items()}
+def extract(
+    model: nn.Module,
+    spec: LoRA,
+    layers: Mapping[str, FoldableLayer],
+    saved: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Adapter:
+    """The adapter that these layers of ``model``, and its modules saved whole, are, detached from it (CPU tensors)."""
+    every = {path: _site_adapter(model.get_submodule(path), layer) for path, layer in layers.items()}
+    sites = {path: site for path, site in every.items() if site.delta.rank}  # pruning may have left nothing of one
     config = getattr(model, "config", None)
     return Adapter(
         spec,
         sites,
-        shortest_targets(model, list(layers)),
-        base_probes(model, list(layers)),
+        shortest_targets(model, list(sites)),
+        base_probes(model, list(sites)),
         getattr(config, "_name_or_path", None) or None,
+        {key: value.detach().cpu() for key, value in saved.items()},
     )
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from rankwise.errors import AttachError, EvidenceError, TargetError
 from rankwise.evidence import exact_gradients, input_covariances, input_directions, stored_weights
-from rankwise.inits import Init, Loftq
+from rankwise.inits import Init, Kaiming, Loftq
 from rankwise.inits.base import EvidenceNeed
 from rankwise.layers import is_quantised, kind_of
-from rankwise.plan import plan, target_layers
+from rankwise.plan import modules_saved_whole, plan, target_layers
+from rankwise.saved import check_copyable, drop_copies, show_originals
 from rankwise.shapes import Float
 from rankwise.sites import Site, site_generator
 from rankwise.slots import (
@@ -74,12 +75,14 @@ def attach(
     if isinstance(spec, Bottleneck):
         install(model, name, spec, _bottlenecks(owner, spec), trainable=True)
         return model
-    planned = plan(model, spec)
+    planned, whole = plan(model, spec), modules_saved_whole(owner, spec.modules_to_save)
+    for path, module in whole.items():
+        check_copyable(path, module)
     if spec.anchor == "fold":
         _check_foldable(owner, planned, found is not None)
     with switched_off(model) if found else nullcontext():
         built = _adapters(owner, spec, planned, batches, loss, evidence)
-    install(model, name, spec, built, trainable=True)
+    install(model, name, spec, built, trainable=True, saved=dict.fromkeys(whole))
     if spec.anchor == "fold":
         _fold_starts(owner, built)
     return model
@@ -215,7 +218,9 @@ def _build(layer: nn.Module, site: Site, spec: LoRA, seen: Any) -> FoldableLayer
     kind = kind_of(layer)
     assert kind is not None
     weight = base_matrix(layer)
-    start = spec.init(weight, site, seen, site_generator(spec.seed, site.name))
+    generator = site_generator(spec.seed, site.name)
+    start = spec.init(weight, site, seen, generator)
+    start = spec.variant.own_start(start, generator, default=isinstance(spec.init, Kaiming))
     variant = FoldedLora() if spec.anchor == "fold" else spec.variant
     return variant.build(site, kind, weight, start, spec.dropout)
 
@@ -272,12 +277,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for path, weight in merged + folded:
         layer: Any = owner.get_submodule(path)
         layer.weight.data = weight
+    show_originals(owner)
     uninstall(model)
     return model
 
 
 def _detach_one(model: nn.Module, name: str) -> None:
-    _, record = host(model)
+    owner, record = host(model)
+    drop_copies(owner, name)
     for slot in slots(model).values():
         slot.active = tuple(n for n in slot.active if n != name)
         if name in slot.adapters:

@@ -11,6 +11,7 @@ from rankwise.layers import EmbeddingKind, kind_of
 from rankwise.registry import nearest
 from rankwise.sites import Site
 from rankwise.spec import LoRA
+from rankwise.variants import Variant
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ def plan(model: nn.Module, spec: LoRA) -> Plan:
             ``rank_pattern``, ``alpha_pattern`` or ``exclude_modules`` matches no target.
         SpecError: a rank that the site or the init cannot serve.
     """
+    modules_saved_whole(model, spec.modules_to_save)
     chosen = target_layers(model, spec.target_modules, spec.exclude_modules, spec.modules_to_save)
     _check_patterns("rank_pattern", spec.rank_pattern, chosen)
     _check_patterns("alpha_pattern", spec.alpha_pattern, chosen)
@@ -71,9 +73,12 @@ def plan(model: nn.Module, spec: LoRA) -> Plan:
 def _site(name: str, layer: nn.Module, spec: LoRA) -> Site:
     kind = kind_of(layer)
     assert kind is not None
+    assert isinstance(spec.variant, Variant)
     rank = pattern_value(spec.rank_pattern, name, spec.rank)
     alpha = pattern_value(spec.alpha_pattern, name, spec.alpha)
-    return Site(name, kind.name, kind.shape(layer), rank, spec.scale(rank, alpha))
+    shape = kind.shape(layer)
+    initial = spec.variant.initial_rank(rank, shape)
+    return Site(name, kind.name, shape, initial, spec.scale(rank, alpha), None if initial == rank else rank)
 
 
 def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
@@ -93,13 +98,28 @@ def target_layers(
         TargetError: see :func:`plan`.
     """
     modules = dict(model.named_modules())
-    saved = {name for name in modules for keep in saved_whole if _under(keep, name)}
+    saved = {name for name in modules for keep in saved_whole if under(keep, name)}
     matched = _select(modules, targets, _output_heads(model))
     left_out = _matches("exclude_modules", modules, excluded) if excluded else set()
     chosen = {name: modules[name] for name in matched if name not in left_out and name not in saved}
     if not chosen:
         raise TargetError(f"target_modules {targets!r} leaves no module to adapt after exclude_modules {excluded!r}")
     return chosen
+
+
+def modules_saved_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Module path → module for ``modules_to_save``, in the model's order; one inside another is part of that.
+
+    Raises:
+        TargetError: a name matches no module, or a mere list of modules.
+    """
+    modules = dict(model.named_modules())
+    matched = _matches("modules_to_save", modules, tuple(names))
+    for name in matched:
+        if isinstance(modules[name], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            raise TargetError(f"modules_to_save matches {name!r}, a {type(modules[name]).__name__}; name modules in it")
+    inside = {name for name in matched for other in matched if name.startswith(f"{other}.")}
+    return {name: module for name, module in modules.items() if name in matched - inside}
 
 
 def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: set[int]) -> list[str]:
@@ -130,7 +150,7 @@ def _output_heads(model: nn.Module) -> set[int]:
     return heads | {id(m) for m in model.modules() if _is_linear(m) and id(m.weight) in tables}
 
 
-def _under(keep: str, name: str) -> bool:
+def under(keep: str, name: str) -> bool:
     """Whether a module path is, or lies below, a module that a suffix names."""
     return f".{keep}." in f".{name}."
 

@@ -7,6 +7,7 @@ per adapted layer) and in one plain record on the module that ``attach`` was cal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import AttachError, SiteNeverFired
 from rankwise.registry import nearest
+from rankwise.saved import add_copies, remove_saved, saved_tensors, show_copies, show_originals
 from rankwise.spec import Bottleneck, LoRA
 from rankwise.variants import AdapterLayer, FoldableLayer
 
@@ -129,9 +131,19 @@ def adapter_layers(model: nn.Module, name: str) -> dict[str, AdapterLayer]:
 
 
 def install(
-    model: nn.Module, name: str, spec: LoRA | Bottleneck, layers: Mapping[str, AdapterLayer], *, trainable: bool
+    model: nn.Module,
+    name: str,
+    spec: LoRA | Bottleneck,
+    layers: Mapping[str, AdapterLayer],
+    *,
+    trainable: bool,
+    saved: Mapping[str, Mapping[str, Tensor] | None] = MappingProxyType({}),
 ) -> None:
-    """Put built adapter layers on their sites, freeze the base and make the adapter the active one."""
+    """Put built adapter layers on their sites, freeze the base and make the adapter the active one.
+
+    Args:
+        saved: modules to train whole, with the values to start from or None for their own.
+    """
     found = find_record(model)
     owner, record = found if found else (model, Record())
     if found is None:
@@ -147,6 +159,7 @@ def install(
             layer.register_forward_hook(_add_adapters, with_kwargs=True)
         adapter.train(layer.training)
         slot.adapters[name] = adapter
+    add_copies(owner, name, saved)
     record.specs[name] = spec
     record.trainable[name] = trainable
     _watch(owner, layers)
@@ -159,9 +172,10 @@ def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
     Raises:
         AttachError: a site would have several, one of which cannot be added to others. Nothing is changed then.
     """
-    _, record = host(model)
+    owner, record = host(model)
     for path, slot in slots(model).items():
         _check_additive(path, [layer for name, layer in slot.layers().items() if name in names])
+    show_copies(owner, names, record.trainable)
     for slot in slots(model).values():
         here = [n for n in names if n in slot.adapters]
         slot.active = tuple(sorted(here, key=lambda n: not isinstance(slot.adapters[n], FoldableLayer)))
@@ -181,8 +195,13 @@ def _check_additive(path: str, layers: list[AdapterLayer]) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take all slots and hooks off, give the base its flags back. Base weights are left as they are."""
+    """Take all slots and hooks off, give the base its flags back. Base weights are left as they are.
+
+    A module that was trained whole keeps what it shows.
+    """
     owner, record = host(model)
+    for saved in saved_tensors(owner).values():
+        remove_saved(owner, saved)
     for path in slots(owner):
         remove_slot(owner.get_submodule(path))
     _unwatch(owner)
@@ -211,7 +230,9 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     found = list(slots(model).values())
     owner = host(model)[0] if found else model
     before = [slot.enabled for slot in found]
+    shown = {path: saved.shown for path, saved in saved_tensors(owner).items()}
     try:
+        show_originals(owner)
         for slot in found:
             if slot.enabled:
                 slot.enabled = False
@@ -222,6 +243,8 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             if enabled:
                 slot.enabled = True
                 _swap_original(owner, slot)
+        for path, saved in saved_tensors(owner).items():
+            saved.show(owner.get_submodule(path), shown[path])
 
 
 def _swap_original(owner: nn.Module, slot: Slot) -> None:

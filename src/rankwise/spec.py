@@ -59,7 +59,8 @@ class LoRA:
         _check_alpha("alpha", self.alpha)
         self._freeze("target_modules", _names("target_modules", self.target_modules))
         self._freeze("exclude_modules", _names("exclude_modules", self.exclude_modules))
-        self._freeze("modules_to_save", _names("modules_to_save", self.modules_to_save))
+        kept = (self.modules_to_save,) if isinstance(self.modules_to_save, str) else self.modules_to_save
+        self._freeze("modules_to_save", _names("modules_to_save", kept))
         self._freeze("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
         self._freeze("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
         self._freeze("init", resolve(INITS, self.init, "init"))

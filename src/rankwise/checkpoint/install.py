@@ -11,10 +11,12 @@ from rankwise.adapter import Adapter, SiteAdapter, extract, probe
 from rankwise.checkpoint.bottleneck_format import PEFT_TYPE, read_bottlenecks, write_bottlenecks
 from rankwise.checkpoint.files import read_json
 from rankwise.checkpoint.peft_format import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
-from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch
+from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.layers import Kind, dequantised, is_quantised, kind_of
 from rankwise.lowrank import LowRank
+from rankwise.plan import modules_saved_whole, under
 from rankwise.registry import nearest
+from rankwise.saved import SAVED, check_copyable, copied_values
 from rankwise.sites import Site
 from rankwise.slots import adapter_layers, adapter_name, find_record, host, install, switched_off
 from rankwise.spec import Bottleneck
@@ -38,7 +40,7 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
             write_bottlenecks(owner, spec, layers, directory)
         else:
             changes = {path: layer for path, layer in layers.items() if isinstance(layer, FoldableLayer)}
-            write_adapter(extract(owner, spec, changes), directory)
+            write_adapter(extract(owner, spec, changes, copied_values(owner, name)), directory)
 
 
 def load(
@@ -81,8 +83,43 @@ def load(
     built = {path: _restore(owner, path, site, variant, directory) for path, site in adapter.sites.items()}
     if not allow_other_base:
         _check_base(owner, adapter.base_probe, adapter.base_model, directory)
-    install(owner, name, adapter.spec, built, trainable=trainable)
+    saved = _saved_whole(owner, adapter, Path(directory) / TENSORS)
+    install(owner, name, adapter.spec, built, trainable=trainable, saved=saved)
     return model
+
+
+def _saved_whole(model: nn.Module, adapter: Adapter, where: Path) -> dict[str, dict[str, Tensor]]:
+    """Path of a module of ``modules_to_save`` → its tensors, checked against the model's own.
+
+    PEFT lists heads that a model may have ("classifier", "score"): a name without tensors that fits no module is none.
+    """
+    present = [n for n in adapter.spec.modules_to_save if any(under(n, p) for p, _ in model.named_modules())]
+    whole = modules_saved_whole(model, present)
+    found = {path: {k: v for k, v in adapter.saved.items() if k.startswith(f"{path}.")} for path in whole}
+    strays = adapter.saved.keys() - {key for tensors in found.values() for key in tensors}
+    if strays:
+        raise BaseMismatch(f"{where}: has {min(strays)}, of a module that this model lacks; it is another base's")
+    for path, module in whole.items():
+        check_copyable(path, module)
+        _check_state(where, path, module.state_dict(), found[path])
+    return {
+        path: {key.removeprefix(f"{path}."): tensor for key, tensor in tensors.items()}
+        for path, tensors in found.items()
+    }
+
+
+def _check_state(where: Path, path: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    expected = {f"{path}.{key}": tensor for key, tensor in own.items() if SAVED not in key.split(".")}
+    if expected.keys() - found.keys():
+        raise MissingTensor(f"{where}: no {min(expected.keys() - found.keys())}, which modules_to_save promises")
+    if found.keys() - expected.keys():
+        raise UnexpectedTensor(f"{where}: has {min(found.keys() - expected.keys())}, which this model's {path} lacks")
+    for key, tensor in expected.items():
+        if found[key].shape != tensor.shape:
+            raise ShapeMismatch(
+                f"{where}: {key} is {tuple(found[key].shape)}, expected {tuple(tensor.shape)}; give this model a "
+                f"{path} of that size (for a classifier: the same number of labels)"
+            )
 
 
 def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
@@ -90,6 +127,8 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
     targets = adapter.targets
     for path, module in model.named_modules():
         if kind_of(module) is None or path in adapter.sites:
+            continue
+        if any(under(name, path) for name in adapter.spec.modules_to_save):
             continue
         if any(path == t or path.endswith(f".{t}") for t in targets):
             raise MissingTensor(f"{where}: no tensors for {path}, which target_modules names; the file is incomplete")

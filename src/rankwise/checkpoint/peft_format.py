@@ -7,7 +7,7 @@ base in every engine, with α chosen so that s is kept.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from rankwise.errors import (
     UnsupportedAdapter,
 )
 from rankwise.lowrank import LowRank
-from rankwise.plan import pattern_value
+from rankwise.plan import pattern_value, under
 from rankwise.scaling import SCALINGS
 from rankwise.spec import LoRA
 from rankwise.variants import Dora
@@ -46,6 +46,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     for path, site in adapter.sites.items():
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in _wire(site).items()}
+    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in adapter.saved.items()}
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteTensor(f"{key} holds NaN or infinity, so {folder} was not written; the training diverged")
@@ -157,10 +158,12 @@ def read_adapter(directory: str | Path) -> Adapter:
     tensors = read_tensors(folder / TENSORS)
     extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
     spec = _spec(where, config)
-    parts = _by_site(folder / TENSORS, tensors)
+    saved = _saved_whole(tensors, spec.modules_to_save)
+    parts = _by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
     sites = {path: _site(folder / TENSORS, path, found, spec) for path, found in parts.items()}
     probes = {path: tuple(values) for path, values in extra.get("base_probe", {}).items()}
-    return Adapter(spec, sites, _targets(where, config), probes, config.get("base_model_name_or_path"))
+    whole = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
+    return Adapter(spec, sites, _targets(where, config), probes, config.get("base_model_name_or_path"), whole)
 
 
 def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
@@ -196,6 +199,11 @@ def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
 def _targets(where: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     targets = config.get("target_modules") or ()
     return (targets,) if isinstance(targets, str) else tuple(targets)
+
+
+def _saved_whole(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of ``modules_to_save``, which stand in the file under their own names."""
+    return {key: tensor for key, tensor in tensors.items() if any(under(name, key) for name in names)}
 
 
 def _by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

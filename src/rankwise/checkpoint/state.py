@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from rankwise.checkpoint.files import read_tensors, write_tensors
 from rankwise.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
+from rankwise.saved import copied_values
 from rankwise.slots import adapter_layers, adapter_name
 
 STATE = "rankwise_state.safetensors"
 
 
 def _tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
-    layers = adapter_layers(model, adapter_name(model, name))
-    return {f"{path}.{key}": value for path, layer in layers.items() for key, value in layer.state_dict().items()}
+    name = adapter_name(model, name)
+    layers = adapter_layers(model, name)
+    own = {f"{path}.{key}": value for path, layer in layers.items() for key, value in layer.state_dict().items()}
+    return own | copied_values(model, name)
 
 
 def save_state(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:
