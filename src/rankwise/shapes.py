@@ -6,10 +6,10 @@ jaxtyping checks them under pytest. It is not needed to run: without it the anno
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Bool, Float, Int, Shaped
 else:
     try:
-        from jaxtyping import Float, Int, Shaped
+        from jaxtyping import Bool, Float, Int, Shaped
     except ImportError:
 
         class Shaped:
@@ -18,6 +18,6 @@ else:
             def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
                 return item[0]
 
-        Float = Int = Shaped
+        Bool = Float = Int = Shaped
 
-__all__ = ["Float", "Int", "Shaped"]
+__all__ = ["Bool", "Float", "Int", "Shaped"]

@@ -3,6 +3,7 @@
 from rankwise.optim import lora_plus, lora_pro
 from rankwise.optim.lora_plus import derived_ratio, param_groups
 from rankwise.optim.lora_pro import LoraPro
+from rankwise.optim.rank_allocator import RankAllocator
 from rankwise.optim.table import OPTIMIZERS, AdamWChoice, LoraPlusChoice, LoraProChoice, OptimizerChoice
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LoraPro",
     "LoraProChoice",
     "OptimizerChoice",
+    "RankAllocator",
     "derived_ratio",
     "lora_plus",
     "lora_pro",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from rankwise.layers import Kind
 from rankwise.lowrank import LowRank
@@ -103,6 +103,14 @@ class PairLayer(FoldableLayer):
 
 class Variant(ABC):
     """The options of a variant (frozen dataclass fields); builds its layers."""
+
+    def initial_rank(self, rank: int, shape: tuple[int, int]) -> int:
+        """The rank that training starts with at a site of shape (out, in) for which the spec says ``rank``."""
+        return rank
+
+    def own_start(self, start: Start, generator: Generator, *, default: bool) -> Start:
+        """What the variant makes of an init's start; ``default``: of the default init, which asks for nothing else."""
+        return start
 
     @abstractmethod
     def build(
