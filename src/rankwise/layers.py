@@ -6,6 +6,7 @@ flattened to [out, in·kh·kw]. ``lora_A`` is [r, in] and ``lora_B`` [out, r] fo
 
 import importlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,45 @@ from torch import Tensor, nn
 from rankwise.add_low_rank import add_low_rank
 from rankwise.errors import EvidenceError
 from rankwise.shapes import Float, Shaped
+
+
+class Increment(ABC):
+    """What one backward pass through a layer adds to its weight gradient, [out, in], by its products only."""
+
+    @abstractmethod
+    def times(self, Q: Float[Tensor, "in q"]) -> Float[Tensor, "out q"]:
+        """G Q, in Q's dtype."""
+
+    @abstractmethod
+    def transposed_times(self, P: Float[Tensor, "out q"]) -> Float[Tensor, "in q"]:
+        """Gᵀ P, in P's dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outer(Increment):
+    """dYᵀX for inputs X [t, in] and output gradients dY [t, out]; never formed."""
+
+    x: Float[Tensor, "t in"]
+    grad_y: Float[Tensor, "t out"]
+
+    def times(self, Q: Tensor) -> Tensor:
+        return (self.grad_y.T @ (self.x @ Q.to(self.x.dtype)).to(self.grad_y.dtype)).to(Q.dtype)
+
+    def transposed_times(self, P: Tensor) -> Tensor:
+        return (self.x.T @ (self.grad_y @ P.to(self.grad_y.dtype)).to(self.x.dtype)).to(P.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Increment):
+    """The gradient itself, where the layer gives no cheaper form."""
+
+    matrix: Float[Tensor, "out in"]
+
+    def times(self, Q: Tensor) -> Tensor:
+        return self.matrix @ Q.to(self.matrix.dtype)
+
+    def transposed_times(self, P: Tensor) -> Tensor:
+        return self.matrix.T @ P.to(self.matrix.dtype)
 
 
 class Kind(ABC):
@@ -56,6 +96,10 @@ class Kind(ABC):
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Float[Tensor, "out in"]:
         """dL/dW as one matrix from the layer's input and the gradient of its output, in fp32 or finer."""
 
+    def increment(self, layer: Any, x: Tensor, grad_y: Tensor) -> Increment:
+        """:meth:`gradient` by its products."""
+        return Dense(self.gradient(layer, x, grad_y))
+
     @abstractmethod
     def inputs(self, layer: Any, x: Tensor) -> Float[Tensor, "n in"]:
         """The vectors that the matrix [out, in] multiplies, one a row; of a convolution, every patch of every group.
@@ -91,6 +135,9 @@ class _MatmulKind(Kind):
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
         dtype = torch.promote_types(grad_y.dtype, torch.float32)
         return grad_y.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
+
+    def increment(self, layer: Any, x: Tensor, grad_y: Tensor) -> Increment:
+        return Outer(x.flatten(0, -2), grad_y.flatten(0, -2))
 
     def inputs(self, layer: Any, x: Tensor) -> Tensor:
         return x.flatten(0, -2)

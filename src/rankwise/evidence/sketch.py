@@ -1,0 +1,200 @@
+"""A running low-rank factor of the gradient, at the memory of inference: G is never formed and no weight is asked.
+
+The backward pass brings each layer's input X [t, in] and output gradient dY [t, out]. G = Σ dYᵀX over batches, so
+G·Q = Σ dYᵀ(XQ) and Gᵀ·P = Σ Xᵀ(dY P) are exact and cheap. A rank-k factor U S Vᵀ of the running sum M is renewed by one
+step of block power iteration a batch, started from what is known:
+
+    Q = [V, fresh random]      P = orth(M Q)      M ≈ P (MᵀP)ᵀ, compressed to rank k again
+
+where M Q = U S (VᵀQ) + dYᵀ(XQ) and likewise MᵀP. A second pass over the same batches, with U and V held still, gives
+G V and GᵀU exactly, and from them the two-sided (generalised Nyström) approximation G V (UᵀG V)⁺ (GᵀU)ᵀ.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
+from rankwise.evidence.gradients import Loss, run_backward
+from rankwise.layers import Increment, Kind
+from rankwise.lowrank import LowRank
+from rankwise.shapes import Float
+from rankwise.sites import site_generator
+
+PROBES = 8  # fixed random directions by which the energy that the factor misses is estimated
+
+
+@dataclass(frozen=True, eq=False)
+class SketchedGradient:
+    """A low-rank factor of the mean gradient of one weight.
+
+    Attributes:
+        U [out, k], S [k] descending, V [in, k]: G ≈ U diag(S) Vᵀ.
+        missed: an estimate of ‖G − U S Vᵀ‖²_F from random probes.
+    """
+
+    U: Float[Tensor, "out k"]
+    S: Float[Tensor, " k"]
+    V: Float[Tensor, "in k"]
+    missed: float
+
+    @property
+    def energy(self) -> float:
+        """‖G‖²_F, estimated."""
+        return float(self.S.double().square().sum()) + self.missed
+
+    @property
+    def captured(self) -> float:
+        """Share of ‖G‖²_F in the factor, estimated, in [0, 1]."""
+        return 1.0 - self.missed / self.energy
+
+    def svd(self, k: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "in k"]]:
+        """The k leading triplets.
+
+        Raises:
+            EvidenceError: k is more than the factor holds.
+        """
+        if k > len(self.S):
+            raise EvidenceError(
+                f"this sketch holds {len(self.S)} directions, expected at least {k} (LoRA-GA at rank r needs 2r); "
+                f"collect again with a larger rank"
+            )
+        return self.U[:, :k], self.S[:k], self.V[:, :k]
+
+
+def _gram_svd(tall: Float[Tensor, "n q"], count: int) -> tuple[Float[Tensor, "q c"], Float[Tensor, " c"]]:
+    """W/S and S of the leading singular triplets of a tall matrix U S Wᵀ, so that tall @ (W/S) = U; c ≤ count.
+
+    From the eigenvectors of the q × q Gram matrix in fp64, several times faster than a QR of the tall one; directions
+    that its rounding drowns (S below 1e-6 of the largest) are left out.
+    """
+    wide = tall.double()
+    squares, w = torch.linalg.eigh(wide.T @ wide)
+    squares, w = squares.flip(0)[:count], w.flip(1)[:, :count]
+    kept = squares > squares[0] * 1e-12
+    s = squares[kept].sqrt()
+    return (w[:, kept] / s).to(tall.dtype), s.to(tall.dtype)
+
+
+class _Running:
+    """One layer's factor while batches come in."""
+
+    def __init__(self, shape: tuple[int, int], width: int, generator: torch.Generator, device: torch.device) -> None:
+        out, into = shape
+        self.width = min(width, out, into)
+        self.generator = generator
+        self.U = torch.zeros(out, 0, device=device)
+        self.S = torch.zeros(0, device=device)
+        self.V = torch.zeros(into, 0, device=device)
+        self.probe = self._random(into, PROBES)
+        self.probed = torch.zeros(out, PROBES, device=device)
+
+    def _random(self, rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=self.generator).to(self.V.device)
+
+    def add(self, increment: Increment) -> None:
+        """M ← U S Vᵀ + increment, compressed to ``width`` directions by one block power step."""
+        fresh = self._random(self.V.shape[0], self.width)
+        seen = increment.times(torch.cat([self.V, fresh, self.probe], 1))
+        known = self.V.shape[1] + self.width
+        self.probed += seen[:, known:]
+        image = seen[:, :known] + (self.U * self.S) @ (self.V.T @ torch.cat([self.V, fresh], 1))
+        basis, _ = _gram_svd(image, image.shape[1])
+        P = image @ basis
+        Z = increment.transposed_times(P) + (self.V * self.S) @ (self.U.T @ P)
+        turn, self.S = _gram_svd(Z, self.width)  # Z = V S Wᵀ with Z @ turn = V, so M ≈ P Zᵀ = (P W) S Vᵀ
+        self.U, self.V = P @ (turn * self.S), Z @ turn
+
+    def result(self, count: int) -> SketchedGradient:
+        """The factor of the mean over ``count`` batches."""
+        residual = self.probed - (self.U * self.S) @ (self.V.T @ self.probe)
+        missed = float(residual.double().square().sum()) / PROBES / count**2
+        return SketchedGradient(self.U, self.S / count, self.V, missed)
+
+
+class _Fixed:
+    """The second pass: products of G with a first factor's U and V, exactly."""
+
+    def __init__(self, first: _Running) -> None:
+        self.first = first
+        self.right = torch.zeros_like(first.U)  # G V
+        self.left = torch.zeros_like(first.V)  # GᵀU
+
+    def add(self, increment: Increment) -> None:
+        self.right += increment.times(self.first.V)
+        self.left += increment.transposed_times(self.first.U)
+
+    def result(self, count: int) -> SketchedGradient:
+        """G V (UᵀG V)⁺ (GᵀU)ᵀ / count, as U S Vᵀ."""
+        core = self.first.U.T @ self.right
+        u, s, vh = torch.linalg.svd(core.double())
+        kept = s > s[0] * 1e-6  # below this the core holds rounding only
+        half = s[kept].rsqrt()
+        B = self.right @ (vh[kept].T * half).float()
+        A = (u[:, kept] * half).T.float() @ self.left.T
+        first = self.first
+        first.U, first.S, first.V = LowRank(B, A).svd()
+        return first.result(count)
+
+
+Accumulator = _Running | _Fixed
+
+
+def sketched_gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    widths: Mapping[str, int],
+    loss: Loss | None = None,
+    *,
+    passes: int = 1,
+) -> dict[str, SketchedGradient]:
+    """A factor of each layer's mean gradient over the batches.
+
+    Args:
+        widths: site → k, the directions kept; four times the adapter's rank serves LoRA-GA.
+        passes: 2 goes over the same batches again (they must then be a list) for a closer factor.
+
+    Raises:
+        EvidenceError: see :func:`rankwise.gradients`.
+    """
+    running: dict[str, _Running] = {}
+
+    def begin(name: str, kind: Kind, layer: nn.Module, device: torch.device) -> _Running:
+        return _Running(kind.shape(layer), widths[name], site_generator(0, name), device)
+
+    count = _one_pass(model, layers, batches, loss, running, begin)
+    found: Mapping[str, Accumulator] = running
+    for _ in range(passes - 1):
+        fixed = {name: _Fixed(first) for name, first in running.items()}
+        count = _one_pass(model, layers, batches, loss, fixed, begin)
+        found = fixed
+    missing = [name for name in layers if name not in running]
+    if missing:
+        raise NoGradient(
+            f"{missing[0]}: no gradient reached this layer; name it in exclude_modules, or check the labels"
+        )
+    return {name: found[name].result(count) for name in layers}
+
+
+def _one_pass(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    loss: Loss | None,
+    accumulators: dict[str, Any],
+    begin: Callable[[str, Kind, nn.Module, torch.device], Any],
+) -> int:
+    def observe(name: str, kind: Kind, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
+        if not bool(torch.isfinite(grad_y).all()):
+            raise NonFiniteGradient(f"{name}: the gradient of its output holds NaN or infinity; look at the batches")
+        if not bool(grad_y.any()):
+            return
+        if name not in accumulators:
+            accumulators[name] = begin(name, kind, layer, grad_y.device)
+        accumulators[name].add(kind.increment(layer, x, grad_y))
+
+    return run_backward(model, layers, batches, loss, observe)
