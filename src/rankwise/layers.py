@@ -193,7 +193,8 @@ class EmbeddingKind(Kind):
     def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         # Ids have no elements to drop, so dropout does not apply.
         h = F.embedding(x, A.T.to(y.dtype))
-        return y + F.linear(h, B.to(y.dtype)) * (scale * self._output_scale(layer))
+        term: Tensor = F.linear(h, B.to(y.dtype)) * (scale * self._output_scale(layer))
+        return y + term
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
         dtype = torch.promote_types(grad_y.dtype, torch.float32)
