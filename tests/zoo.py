@@ -15,7 +15,7 @@ import rankwise as rw
 
 RANK = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-# Relative error of an output that was computed in this type. bf16 keeps 8 bits: half a unit is 2e-3, twice rounded.
+# Relative error of an output in this type. bf16 rounds to 2⁻⁹ = 2e-3: the layer's output, x Aᵀ, its product, the sum.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float64: 1e-13}
 
 

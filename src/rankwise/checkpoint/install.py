@@ -80,7 +80,10 @@ def load(
     _check_promised(owner, adapter, Path(directory) / TENSORS)
     variant = adapter.spec.variant
     assert isinstance(variant, Variant)
-    built = {path: _restore(owner, path, site, variant, directory) for path, site in adapter.sites.items()}
+    built = {
+        path: _restore(owner, path, site, variant, adapter.spec.dropout, directory)
+        for path, site in adapter.sites.items()
+    }
     if not allow_other_base:
         _check_base(owner, adapter.base_probe, adapter.base_model, directory)
     saved = _saved_whole(owner, adapter, Path(directory) / TENSORS)
@@ -134,7 +137,9 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
             raise MissingTensor(f"{where}: no tensors for {path}, which target_modules names; the file is incomplete")
 
 
-def _restore(model: nn.Module, path: str, site: SiteAdapter, variant: Variant, directory: str | Path) -> FoldableLayer:
+def _restore(
+    model: nn.Module, path: str, site: SiteAdapter, variant: Variant, dropout: float, directory: str | Path
+) -> FoldableLayer:
     layer, kind = _layer(model, path, directory)
     _check_fits(layer, kind, path, site, directory)
     extra = dict(site.extra)
@@ -144,7 +149,9 @@ def _restore(model: nn.Module, path: str, site: SiteAdapter, variant: Variant, d
     device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
     moved = LowRank(delta.B.to(device, dtype), delta.A.to(device, dtype), delta.scale)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
-    return variant.restore(described, kind, weight, moved, extra)
+    restored = variant.restore(described, kind, weight, moved, extra)
+    restored.dropout = dropout  # of use only where it is trained on
+    return restored
 
 
 def _check_base_copy(layer: Any, path: str, copy: Tensor | None, directory: str | Path) -> None:
