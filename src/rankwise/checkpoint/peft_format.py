@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.adapter import Adapter, SiteAdapter
+from rankwise.checkpoint import adalora_format
 from rankwise.checkpoint.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.errors import (
     BrokenFile,
@@ -156,6 +157,8 @@ def read_adapter(directory: str | Path) -> Adapter:
     where = folder / CONFIG
     _check_supported(where, config)
     tensors = read_tensors(folder / TENSORS)
+    if config["peft_type"] == "ADALORA":
+        config, tensors = adalora_format.as_lora(folder, config, tensors)
     extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
     spec = _spec(where, config)
     saved = _saved_whole(tensors, spec.modules_to_save)
@@ -170,8 +173,8 @@ def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind is None:
         raise BrokenFile(f"{where}: no peft_type; expected 'LORA': this is not an adapter's configuration")
-    if kind != "LORA":
-        raise UnsupportedAdapter(f"{where}: peft_type is {kind!r}; expected 'LORA'")
+    if kind not in ("LORA", "ADALORA"):
+        raise UnsupportedAdapter(f"{where}: peft_type is {kind!r}; expected 'LORA' or 'ADALORA'")
     if config.get("bias", "none") != "none":
         raise UnsupportedAdapter(f"{where}: bias is {config['bias']!r}; expected 'none' (trained biases are not read)")
     for name, value in _DEFAULTS.items():
