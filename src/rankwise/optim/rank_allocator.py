@@ -150,7 +150,7 @@ class RankAllocator:
         for layer, mask in zip(self.layers, chosen, strict=True):
             layer.mask(mask.to(layer.kept.device), for_good=for_good)
             if for_good and self.options.padded:
-                layer.padded_rank = largest
+                layer.padded_rank.fill_(largest)
 
 
 def adalora_layers(model: nn.Module) -> list[AdaLoraLayer]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 
 import rankwise as rw
 from rankwise.train import preflight
+from rankwise.train.adalora_callback import AdaLoraCallback
 from rankwise.train.card import save_model_card
 from rankwise.train.curve import points, save_loss_curve
 from rankwise.train.data import Data, load_data
@@ -150,7 +151,7 @@ def _trainer(
         train_dataset=samples[TRAINING],
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[bar],
+        callbacks=[bar, AdaLoraCallback()],
         lr_ratio=recipe.lr_ratio,
     )
     trainer.remove_callback(PrinterCallback)

@@ -34,7 +34,7 @@ class AdaLoraLayer(PairLayer):
     """
 
     kept: Tensor
-    padded_rank = 0
+    padded_rank: Tensor
 
     def __init__(self, site: Site, kind: Kind, dropout: float, start: Start, options: "AdaLora") -> None:
         super().__init__(site, kind, dropout, start, anchored=False)
@@ -43,6 +43,7 @@ class AdaLoraLayer(PairLayer):
         # A start that is meant to change the model (LoftQ's) must show from the first forward on.
         self.lora_E = nn.Parameter(self.lora_A.new_full((rank, 1), 0.0 if start.cancel else 1.0))
         self.register_buffer("kept", torch.ones(rank, dtype=torch.bool, device=self.lora_A.device))
+        self.register_buffer("padded_rank", torch.tensor(0, device=self.lora_A.device))
         for name in FACTORS:
             factor = self.get_parameter(name)
             self.register_buffer(f"sensitivity_{name}", torch.zeros_like(factor))
@@ -86,7 +87,7 @@ class AdaLoraLayer(PairLayer):
         """The triplets that are kept, then zeros up to ``padded_rank``."""
         chosen = self.kept.nonzero()[:, 0]
         B, A = self.scaled_B()[:, chosen], self.lora_A[chosen]
-        missing = max(self.padded_rank - len(chosen), 0)
+        missing = max(int(self.padded_rank) - len(chosen), 0)
         return LowRank(F.pad(B, (0, missing)), F.pad(A, (0, 0, 0, missing)), self.scale)
 
     def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
