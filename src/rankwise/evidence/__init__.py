@@ -8,13 +8,16 @@ from rankwise.evidence.activations import (
     input_covariances,
     input_directions,
 )
-from rankwise.evidence.gradients import ExactGradient, exact_gradients, gradients
+from rankwise.evidence.exact import ExactGradient, exact_gradients
+from rankwise.evidence.gradients import gradients
+from rankwise.evidence.sketch import SketchedGradient
 from rankwise.evidence.weights import stored_weights, weights
 
 __all__ = [
     "ExactGradient",
     "InputCovariance",
     "InputDirections",
+    "SketchedGradient",
     "activations",
     "covariances",
     "exact_gradients",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
-from rankwise.evidence.gradients import Loss, run_backward
+from rankwise.evidence.backward import Loss, run_backward
 from rankwise.layers import Increment, Kind
 from rankwise.lowrank import LowRank
 from rankwise.shapes import Float
