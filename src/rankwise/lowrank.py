@@ -71,9 +71,10 @@ class LowRank:
         return self.scale * other.scale * ((self.B.T @ other.B) * (self.A @ other.A.T)).sum()
 
     def _core(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Q_B, the small core, Q_A with scale · B A = Q_B core Q_Aᵀ."""
-        q_b, r_b = torch.linalg.qr(self.B)
-        q_a, r_a = torch.linalg.qr(self.A.T)
+        """Q_B, the small core, Q_A with scale · B A = Q_B core Q_Aᵀ, in fp32 or finer."""
+        dtype = torch.promote_types(self.B.dtype, torch.float32)  # QR is not there in half precision
+        q_b, r_b = torch.linalg.qr(self.B.to(dtype))
+        q_a, r_a = torch.linalg.qr(self.A.T.to(dtype))
         return q_b, self.scale * (r_b @ r_a.T), q_a
 
     def norm(self) -> Tensor:
