@@ -1,0 +1,149 @@
+"""Fill the tables of README.md and docs/methods.md from the tables of methods and from benchmarks/results/.
+
+python scripts/figures.py            # rewrite
+python scripts/figures.py --check    # exit 1 if a file is out of date
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rankwise.inits import INITS
+from rankwise.optim import OPTIMIZERS
+from rankwise.scaling import SCALINGS
+from rankwise.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def result(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return content
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def methods() -> str:
+    kinds: list[tuple[str, Any]] = [("init", INITS), ("scaling", SCALINGS), ("variant", VARIANTS)]
+    kinds.append(("optimizer", OPTIMIZERS))
+    rows = [
+        [kind, f"`{name}`", entry.summary, entry.paper] for kind, entries in kinds for name, entry in entries.items()
+    ]
+    return table(["", "name", "what it does", "paper"], rows)
+
+
+def scientific(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def first_step() -> str:
+    found = result("first_step_alignment")
+    rows = [
+        [
+            name,
+            f"{row['sgd']['mean']:.3f} ({row['sgd']['min']:.2f}–{row['sgd']['max']:.2f})",
+            f"{row['adamw']['mean']:.3f} ({row['adamw']['min']:.2f}–{row['adamw']['max']:.2f})",
+            f"{row['seconds to attach']:.0f} s",
+        ]
+        for name, row in found["starts"].items()
+    ]
+    head = ["start", "SGD: mean cosine (min–max)", "Adam: mean cosine (min–max)", "time to start"]
+    return (
+        f"Cosine between the first step of the adapter and of full fine-tuning, over the {found['layers']} linear layers "
+        f"of SmolLM2-135M, r = {found['rank']}; gradient of 8 batches of 4 × 128 tokens "
+        f"({found['machine']['threads']} threads):\n\n" + table(head, rows)
+    )
+
+
+def difference_form() -> str:
+    found = result("exactness")["difference form"]
+    rows = []
+    for start, deltas in found.items():
+        cells = [f"{deltas[d][who]:.2%}" for d in deltas for who in ("rankwise", "peft")]
+        rows.append([f"`{start}`", *cells])
+    sizes = list(next(iter(found.values())))
+    head = ["start", *(f"{who}, {size}" for size in sizes for who in ("rankwise", "PEFT's storage"))]
+    return "Relative error of ΔW·x in bf16 against fp64, 1024², r = 8:\n\n" + table(head, rows)
+
+
+def starts() -> str:
+    found = result("exactness")["starts"]
+    rows = [
+        [
+            f"`{name}`",
+            scientific(row["logit gap after attach"]),
+            "yes" if all(row["base bit-identical after training, and after merge + detach"]) else "NO",
+            scientific(row["logit gap to PEFT reading our file"]),
+            scientific(row["logit gap merged"]),
+        ]
+        for name, row in found.items()
+        if not isinstance(row, str)
+    ]
+    head = ["start", "after attach", "base bit-identical", "PEFT reading our file", "merged"]
+    return "SmolLM2-135M in fp32, largest difference of a logit:\n\n" + table(head, rows)
+
+
+def training_step() -> str:
+    found = result("training_step")
+    rows = []
+    for name in (n for n in found if n.startswith(("float32", "bfloat16"))):
+        row = found[name]
+        cells = [row[f"{who} / floor"] for who in ("rankwise", "rankwise, anchored start", "peft")]
+        cells.append(row["peft / rankwise"])
+        rows.append([name, *(f"{c['ratio_of_medians']:.2f} ({c['min']:.2f}–{c['max']:.2f})" for c in cells)])
+    head = ["", "rankwise / floor", "anchored start / floor", "PEFT / floor", "PEFT / rankwise"]
+    text = (
+        "A training step (forward + backward) of SmolLM2-135M, batch 4 × 128, r = 8, all linear layers, over the frozen "
+        f"model's own; median ratio (min–max), {found['machine']['threads']} threads, interleaved in one process:\n\n"
+    )
+    rest = [
+        [name, f"{row['peft / rankwise']['ratio_of_medians']:.1f}× ({row['peft / rankwise']['min']:.1f}–"
+         f"{row['peft / rankwise']['max']:.1f})"]
+        for name, row in found["housekeeping"].items()
+    ]  # fmt: skip
+    return text + table(head, rows) + "\n\n" + table(["", "PEFT's time / rankwise's"], rest)
+
+
+def measured() -> str:
+    return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
+
+
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"methods": methods, "measured": measured},
+    "docs/methods.md": {"first-step": first_step},
+}
+
+
+def filled(text: str, blocks: dict[str, Callable[[], str]]) -> str:
+    for name, make in blocks.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text, count = re.subn(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.DOTALL)
+        assert count == 1, f"expected one block {name}, found {count}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name, blocks in BLOCKS.items():
+        path = ROOT / name
+        text = filled(path.read_text(), blocks)
+        if text != path.read_text():
+            stale.append(name)
+            if not check:
+                path.write_text(text)
+    if check and stale:
+        sys.exit(f"out of date: {', '.join(stale)}; run python scripts/figures.py")
+
+
+if __name__ == "__main__":
+    main()
