@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rankwise.shapes import Float
 
@@ -35,6 +36,11 @@ def add_low_rank(
     return _AddLowRank.apply(y, x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
 
 
+def as_rows(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "rows n"]:
+    """All but the last axis as one; a single vector is one row."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def _gain(scale: float, dropout: float) -> float:
     """Inverted dropout's 1/(1 − p) folded into the scale: the mask is then 0 or 1."""
     return scale / (1.0 - dropout)
@@ -55,14 +61,14 @@ def _down(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int) -
     x = x.to(dtype)
     if dropout:
         x = x * _mask(x, dropout, seed)
-    return x.flatten(0, -2) @ A.to(dtype).T
+    return (as_rows(x) @ A.to(dtype).T).to(dtype)  # autocast may have made it narrower than y
 
 
 def _add(y: Tensor, h: Tensor, B: Tensor, gain: float) -> Tensor:
     """y += gain · h Bᵀ; h is [tokens, r]."""
     if not y.is_contiguous():
         y = y.contiguous()
-    y.view(-1, y.shape[-1]).addmm_(h, B.to(y.dtype).T, alpha=gain)
+    as_rows(y).addmm_(h, B.to(y.dtype).T, alpha=gain)
     return y
 
 
@@ -78,6 +84,7 @@ class _AddLowRank(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
         x, h, A, B = ctx.saved_tensors
@@ -85,14 +92,14 @@ class _AddLowRank(torch.autograd.Function):
         _, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
         dtype = grad_y.dtype
         mask = _mask(x.to(dtype), dropout, seed) if dropout and (wants_x or wants_A) else None
-        rows = grad_y.flatten(0, -2)
+        rows = as_rows(grad_y)
         grad_h = (rows @ B.to(dtype)).mul_(gain)  # [tokens, r]
         grad_x = grad_A = grad_B = None
         if wants_B:
             grad_B = (h.T @ rows).mul_(gain).to(B.dtype).T  # r rows at a time: up to 3× faster than rowsᵀ h
         if wants_A:
             seen = x.to(dtype) if mask is None else x.to(dtype) * mask
-            grad_A = (grad_h.T @ seen.flatten(0, -2)).to(A.dtype)
+            grad_A = (grad_h.T @ as_rows(seen)).to(A.dtype)
         if wants_x:
             grad_x = (grad_h @ A.to(dtype)).view(x.shape)
             grad_x = (grad_x if mask is None else grad_x.mul_(mask)).to(x.dtype)

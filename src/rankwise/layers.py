@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.add_low_rank import add_low_rank
+from rankwise.add_low_rank import add_low_rank, as_rows
 from rankwise.errors import EvidenceError
 from rankwise.shapes import Float, Shaped
 
@@ -134,13 +134,13 @@ class _MatmulKind(Kind):
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
         dtype = torch.promote_types(grad_y.dtype, torch.float32)
-        return grad_y.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
+        return as_rows(grad_y).to(dtype).T @ as_rows(x).to(dtype)
 
     def increment(self, layer: Any, x: Tensor, grad_y: Tensor) -> Increment:
-        return Outer(x.flatten(0, -2), grad_y.flatten(0, -2))
+        return Outer(as_rows(x), as_rows(grad_y))
 
     def inputs(self, layer: Any, x: Tensor) -> Tensor:
-        return x.flatten(0, -2)
+        return as_rows(x)
 
 
 class LinearKind(_MatmulKind):
@@ -192,14 +192,16 @@ class EmbeddingKind(Kind):
 
     def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         # Ids have no elements to drop, so dropout does not apply.
-        h = F.embedding(x, A.T.to(y.dtype))
+        h = F.embedding(x, A.T.to(y.dtype), padding_idx=layer.padding_idx)  # whose row is not trained
         term: Tensor = F.linear(h, B.to(y.dtype)) * (scale * self._output_scale(layer))
         return y + term
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
         dtype = torch.promote_types(grad_y.dtype, torch.float32)
         rows = torch.zeros(layer.num_embeddings, layer.embedding_dim, dtype=dtype, device=grad_y.device)
-        rows.index_add_(0, x.flatten(), grad_y.flatten(0, -2).to(dtype))
+        rows.index_add_(0, x.flatten(), as_rows(grad_y).to(dtype))
+        if layer.padding_idx is not None:
+            rows[layer.padding_idx] = 0.0
         scaled: Tensor = rows.mul_(self._output_scale(layer))
         return scaled.T
 
