@@ -21,14 +21,6 @@ SILENT = Console(quiet=True)
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def make(tiny: Path, pairs_file: Path, tmp_path: Path):
     def make(**changes):
@@ -74,7 +66,7 @@ def test_the_last_evaluation_is_of_what_is_saved(make):
 
 
 def test_the_evaluation_before_training_is_the_pretrained_models(make, tiny):
-    prepared = run.prepare(make(init="lora-ga"), SILENT)
+    prepared = run.prepare(run.load(make(init="lora-ga"), SILENT), SILENT)
     with rw.disabled(prepared.model):
         plain = prepared.trainer.evaluate()["eval_loss"]
     result = run.execute(prepared, SILENT)
@@ -157,7 +149,7 @@ def test_lora_plus_trains_b_faster(make):
 
 
 def test_the_loss_is_on_the_completion_only(make):
-    batches = run.prepare(make(), SILENT).batches
+    batches = run.prepare(run.load(make(), SILENT), SILENT).batches
     tokens = [(batch["labels"] != -100).sum() / batch["attention_mask"].sum() for batch in batches]
     assert 0.4 < float(torch.stack(tokens).mean()) < 0.75
 
@@ -166,7 +158,7 @@ def test_chats_are_trained_on_the_answers_only(make, tmp_path):
     path = tmp_path / "chats.jsonl"
     chat = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
     path.write_text((json.dumps(chat) + "\n") * 12)
-    prepared = run.prepare(make(data=str(path)), SILENT)
+    prepared = run.prepare(run.load(make(data=str(path)), SILENT), SILENT)
     labels = prepared.batches[0]["labels"][0]
     assert prepared.tokenizer.decode(labels[labels != -100]) == "hi<eos>"
 
@@ -183,13 +175,13 @@ def test_chats_without_marks_in_the_template_are_refused(make, tmp_path, tiny):
     chat = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
     path.write_text((json.dumps(chat) + "\n") * 12)
     with pytest.raises(DataError, match="found one without"):
-        run.prepare(make(model=str(bare), data=str(path)), SILENT)
+        run.prepare(run.load(make(model=str(bare), data=str(path)), SILENT), SILENT)
 
 
 def test_labels_all_masked_by_truncation_are_refused(make):
     message = r"32 of 32 training samples \(100%; the first is sample 1\) have every label masked.*max_length is 5"
     with pytest.raises(NoTrainableTokens, match=message):
-        run.prepare(make(max_length=5), SILENT)
+        run.prepare(run.load(make(max_length=5), SILENT), SILENT)
 
 
 def test_labels_masked_in_some_samples_are_said(make, tmp_path, capsys):
@@ -197,12 +189,12 @@ def test_labels_masked_in_some_samples_are_said(make, tmp_path, capsys):
     rows = [{"prompt": "a" * (60 if i == 2 else 3), "completion": "b"} for i in range(16)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     console = Console(width=500, record=True, quiet=False)
-    run.prepare(make(data=str(path), eval_split=None, max_length=20), console)
+    run.prepare(run.load(make(data=str(path), eval_split=None, max_length=20), console), console)
     assert "1 of 16 training samples (6%; the first is sample 3) have every label masked" in console.export_text()
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(make, tmp_path):
-    prepared = run.prepare(make(), SILENT)
+    prepared = run.prepare(run.load(make(), SILENT), SILENT)
     trained = rw.trainable_parameters(prepared.model)
     with torch.no_grad():
         trained[0].fill_(float("nan"))
@@ -212,14 +204,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run(make, tmp_path):
 
 def test_an_adapter_on_the_head_is_refused(make):
     with pytest.raises(TargetError, match="lm_head: the training loss is computed from this layer's weight directly"):
-        run.prepare(make(target_modules=["lm_head"]), SILENT)
+        run.prepare(run.load(make(target_modules=["lm_head"]), SILENT), SILENT)
 
 
 def test_a_broken_line_is_named(make, tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a",\n')
     with pytest.raises(DataError, match=r"broken\.jsonl, line 2: expected one JSON object"):
-        run.prepare(make(data=str(path)), SILENT)
+        run.prepare(run.load(make(data=str(path)), SILENT), SILENT)
 
 
 def test_the_command_line_from_training_to_a_merged_model(make, tiny, pairs_file, tmp_path):

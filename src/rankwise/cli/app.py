@@ -81,7 +81,8 @@ def plan(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     from rankwise.train import run
     from rankwise.train.show import plan_table
 
-    Console().print(plan_table(run.plan(wanted)))
+    console = Console()
+    console.print(plan_table(run.load(wanted, console).sites))
 
 
 @app.command()
@@ -92,9 +93,13 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model."""
     from rankwise.train.merged import save_merged
+    from rankwise.train.progress import busy
     from rankwise.train.show import merge_table
 
-    Console().print(merge_table(save_merged(adapter, base, out), out))
+    console = Console()
+    with busy(console, "Folding the adapter into the model"):
+        report = save_merged(adapter, base, out)
+    console.print(merge_table(report, out))
 
 
 @app.command()
@@ -107,9 +112,13 @@ def generate(
 ) -> None:
     """Answer a prompt with the pretrained model and with the adapted one."""
     from rankwise.train.generation import answer
+    from rankwise.train.progress import busy
     from rankwise.train.show import sample_table
 
-    Console().print(sample_table(answer(adapter, base, prompt, chat=chat, max_new_tokens=max_new_tokens)))
+    console = Console()
+    with busy(console, "Answering, without the adapter and with it"):
+        sample = answer(adapter, base, prompt, chat=chat, max_new_tokens=max_new_tokens)
+    console.print(sample_table(sample))
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """A run, in the order things happen: recipe → plan → checks → start → training → files.
 
-`prepare` does everything that can fail for the user's reasons and is quick; `execute` spends the time.
+`load` and `prepare` do everything that can fail for the user's reasons and are quick; `execute` spends the time.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ TRAINING, HELD_OUT = "training", "held-out"
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A model and what a recipe will adapt of it; nothing is changed."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sites: Sequence[rw.Site]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A run that has passed its checks: the adapter is attached, nothing is trained."""
 
@@ -65,7 +75,9 @@ class Result:
 
 def train(recipe: Recipe, console: Console) -> Result:
     """The whole run."""
-    return execute(prepare(recipe, console), console)
+    loaded = load(recipe, console)
+    console.print(plan_table(loaded.sites))
+    return execute(prepare(loaded, console), console)
 
 
 def spec_of(recipe: Recipe) -> rw.LoRA:
@@ -73,25 +85,22 @@ def spec_of(recipe: Recipe) -> rw.LoRA:
     return rw.LoRA.from_dict(recipe.section(AdapterFields))
 
 
-def plan(recipe: Recipe) -> Sequence[rw.Site]:
-    """The layers that a recipe adapts. Trains nothing, reads no data."""
-    model, _ = load_pretrained(recipe.model, dtype=recipe.dtype, task=recipe.task)
-    return rw.plan(model, spec_of(recipe))
-
-
 def title_of(recipe: Recipe) -> str:
     """What a run is called on its card and curve."""
     return f"{Path(recipe.model).name} on {Path(recipe.data).stem}"
 
 
-def prepare(recipe: Recipe, console: Console, title: str = "Training") -> Prepared:
-    """Load, plan, check and attach."""
-    spec = spec_of(recipe)
+def load(recipe: Recipe, console: Console) -> Loaded:
+    """The model, and which of its layers the recipe adapts. Reads no data."""
     with busy(console, "Loading the model"):
         model, tokenizer = load_pretrained(recipe.model, dtype=recipe.dtype, task=recipe.task)
-    sites = rw.plan(model, spec)
-    preflight.check_reached(model, sites)
-    console.print(plan_table(sites))
+    return Loaded(recipe, model, tokenizer, rw.plan(model, spec_of(recipe)))
+
+
+def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
+    """Check the data, and attach the adapter at its start."""
+    recipe, model, tokenizer = loaded.recipe, loaded.model, loaded.tokenizer
+    preflight.check_reached(model, loaded.sites)
     bar = ProgressBar(console, title)
     with busy(console, "Reading and tokenising the data"):
         data = load_data(recipe)
@@ -104,8 +113,8 @@ def prepare(recipe: Recipe, console: Console, title: str = "Training") -> Prepar
             console.print(f"[yellow]{warning}")
     with busy(console, "Computing the adapter's start"):
         batches = list(_start_batches(trainer, recipe))
-        rw.attach(model, spec, batches=batches)
-    return Prepared(recipe, model, tokenizer, trainer, sites, batches, data.eval, bar)
+        rw.attach(model, spec_of(recipe), batches=batches)
+    return Prepared(recipe, model, tokenizer, trainer, loaded.sites, batches, data.eval, bar)
 
 
 def execute(prepared: Prepared, console: Console) -> Result:
