@@ -22,11 +22,12 @@ def points(history: History, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def save_loss_curve(runs: Mapping[str, History], path: Path, title: str) -> Path:
+def save_loss_curve(runs: Mapping[str, History], path: Path, title: str, unit: str = "nats per token") -> Path:
     """Draw training loss (thin) and held-out loss (thick, marked) of every run into `path`."""
     # The object interface: pyplot would keep a global figure and look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -39,8 +40,9 @@ def save_loss_curve(runs: Mapping[str, History], path: Path, title: str) -> Path
             axes.plot(steps, losses, color=colour, linewidth=2.2, marker="o", markersize=5, label=f"{prefix}held out")
             end = (steps[-1], losses[-1])
             axes.annotate(f"{losses[-1]:.3f}", end, (7, 0), textcoords="offset points", va="center", color=colour)
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set(title=title, xlabel="optimizer step", ylabel=f"loss ({unit})")
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.08)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

@@ -30,7 +30,7 @@ _COMMON = {
     "max_steps": 30,
     "eval_steps": 15,
     "save_steps": 30,
-    "logging_steps": 1,
+    "logging_steps": 3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 2,
 }
