@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 
 # Also before the first import of rankwise: from here on, every annotation such as Float[Tensor, "out r"] is checked.
 # The tower: an int is welcome where a float is asked for, as everywhere in Python's typing (PEP 484).
-install_import_hook("rankwise", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook("rankwise", "typecheck.check")
 
 import pytest
 import torch

@@ -97,6 +97,11 @@ def target_layers(
     Raises:
         TargetError: see :func:`plan`.
     """
+    if kind_of(model) is not None:
+        raise TargetError(
+            f"the model is itself a {type(model).__name__}, so its layer has no name to save an adapter under; "
+            f"expected layers inside a model: wrap it, as torch.nn.Sequential(layer) does"
+        )
     modules = dict(model.named_modules())
     saved = {name for name in modules for keep in saved_whole if under(keep, name)}
     matched = _select(modules, targets, _output_heads(model))
@@ -128,14 +133,15 @@ def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: 
         if not found:
             raise TargetError("target_modules 'all-linear' matches nothing: the model has no linear layer but its head")
         return found
-    matched = _matches("target_modules", modules, targets)
+    found_anywhere = _matches("target_modules", modules, targets)
+    matched = [name for name in modules if name in found_anywhere]
     for name in matched:
         if kind_of(modules[name]) is None:
             raise TargetError(
                 f"target_modules matches {name!r}, a {type(modules[name]).__name__}, which cannot carry an adapter; "
                 f"expected Linear, Conv1D, Conv2d or Embedding: name layers inside it"
             )
-    return [name for name in modules if name in matched]
+    return matched
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -33,22 +33,33 @@ def resolve(table: Mapping[str, Entry], choice: Any, what: str) -> Any:
         choice = {"name": choice}
     if isinstance(choice, Mapping):
         return _build(table, dict(choice), what)
-    if any(isinstance(choice, entry.cls) for entry in table.values()):
+    if any(type(choice) is entry.cls for entry in table.values()):
         return choice
     raise SpecError(f"{what}: expected one of {sorted(table)} or an object from that table, found {choice!r}")
 
 
 def _build(table: Mapping[str, Entry], options: dict[str, Any], what: str) -> Any:
     name = options.pop("name", None)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         hint = nearest(str(name), table)
         raise SpecError(f"{what}: expected one of {', '.join(table)}, found {name!r}{hint}")
     cls = table[name].cls
+    defaults = cls()
     known = cls.__dataclass_fields__
-    for key in options:
+    for key, value in options.items():
         if key not in known:
             raise SpecError(f"{what} {name!r}: unknown option {key!r}, known: {sorted(known)}{nearest(key, known)}")
+        default = getattr(defaults, key)
+        if not _alike(value, default):
+            raise SpecError(f"{what} {name!r}: {key} must be of the kind of {default!r}, found {value!r}")
     return cls(**options)
+
+
+def _alike(value: object, default: object) -> bool:
+    """Whether a plain value may stand where this default does: the same kind of number, or text."""
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return not isinstance(default, int | str) or type(value) is type(default)
 
 
 def name_of(table: Mapping[str, Entry], method: Any) -> str:

@@ -1,6 +1,6 @@
 """``LoRA(...)`` and ``Bottleneck(...)``: what to adapt and how, validated when it is made."""
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -150,7 +150,7 @@ class Bottleneck:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[operator]
 
 
 def _check_rank(name: str, value: object) -> None:
@@ -174,7 +174,7 @@ def _check_seed(value: object) -> None:
 
 
 def _check_choice(name: str, value: object, known: Any) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise SpecError(f"{name} must be one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}")
 
 

@@ -31,7 +31,8 @@ def run_backward(
         for count, batch in enumerate(each_batch(batches), 1):
             value = loss_of(model, batch)
             if not bool(torch.isfinite(value)):
-                raise NonFiniteGradient(f"batch {count - 1}: the loss is {float(value.detach())}; expected a finite number")
+                found = float(value.detach())
+                raise NonFiniteGradient(f"batch {count - 1}: the loss is {found}; expected a finite number")
             if not value.requires_grad:
                 raise NoGradient(f"batch {count - 1}: the loss depends on none of the {len(layers)} adapted layers")
             value.backward()  # type: ignore[no-untyped-call]

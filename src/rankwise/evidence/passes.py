@@ -77,5 +77,5 @@ def hooked(layers: Mapping[str, nn.Module], hook_for: Callable[[str, Kind], Any]
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The one tensor that a layer's forward was called with, by position or by name."""
-    x: Tensor = args[0] if args else kwargs["input"]
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))  # "input", or "x" for a Conv1D
     return x
