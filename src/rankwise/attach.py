@@ -21,9 +21,12 @@ from rankwise.sites import Site, site_generator
 from rankwise.slots import (
     adapter_layers,
     adapter_name,
+    check_new_name,
+    check_unmerged,
     find_record,
     host,
     install,
+    remove_slot,
     set_active,
     slots,
     switched_off,
@@ -69,13 +72,13 @@ def attach(
     >>> sum(p.numel() for p in rw.trainable_parameters(model))
     88
     """
-    _check_name(model, name)
+    check_new_name(model, name)
     found = find_record(model)
     owner = found[0] if found else model
     if isinstance(spec, Bottleneck):
         install(model, name, spec, _bottlenecks(owner, spec), trainable=True)
         return model
-    planned, whole = plan(model, spec), modules_saved_whole(owner, spec.modules_to_save)
+    planned, whole = plan(owner, spec), modules_saved_whole(owner, spec.modules_to_save)
     for path, module in whole.items():
         check_copyable(path, module)
     if spec.anchor == "fold":
@@ -86,18 +89,6 @@ def attach(
     if spec.anchor == "fold":
         _fold_starts(owner, built)
     return model
-
-
-def _check_name(model: nn.Module, name: str) -> None:
-    if not name or "." in name:
-        raise AttachError(f"adapter name must be non-empty and without dots, found {name!r}")
-    found = find_record(model)
-    if found and found[1].merged:
-        raise AttachError("this model is merged: call rankwise.unmerge(model) or rankwise.detach(model) first")
-    if found and name in found[1].specs:
-        raise AttachError(
-            f"this model already carries an adapter {name!r}: give this one another name, or detach that one first"
-        )
 
 
 @dataclass(frozen=True)
@@ -269,8 +260,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         AttachError: the model carries no adapter (of that name).
     """
     owner, record = host(model)
-    if name is not None and set(record.specs) != {adapter_name(model, name)}:
-        _detach_one(model, name)
+    if name is not None and set(record.specs) != {name}:
+        _detach_one(model, adapter_name(model, name))
         return model
     merged = [(path, slot.original if slot.original is not None else weight) for path, weight, slot in record.merged]
     folded = [(path, slot.original) for path, slot in slots(owner).items() if slot.original is not None]
@@ -289,6 +280,8 @@ def _detach_one(model: nn.Module, name: str) -> None:
         slot.active = tuple(n for n in slot.active if n != name)
         if name in slot.adapters:
             del slot.adapters[name]
+        if not slot.adapters:
+            remove_slot(owner.get_submodule(slot.site_name))
     del record.specs[name], record.trainable[name]
 
 
@@ -299,9 +292,11 @@ def activate(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
     the names; several bottlenecks act one after the other in the order of the names.
 
     Raises:
-        AttachError: no such adapter, or one that cannot be combined with another (DoRA).
+        AttachError: no such adapter, none named, or one that cannot be combined with another (DoRA).
     """
-    names = (name,) if isinstance(name, str) else tuple(name)
+    names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
+    if not names:
+        raise AttachError("no adapter named; for the pretrained model alone use rankwise.disabled(model), or detach")
     set_active(model, tuple(adapter_name(model, n) for n in names))
     return model
 
@@ -310,9 +305,9 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     """The pretrained model for a moment, exactly, even with a non-zero start: ``with disabled(model): ...``.
 
     Raises:
-        AttachError: the model carries no adapter.
+        AttachError: the model carries no adapter, or is merged.
     """
-    host(model)
+    check_unmerged(model)
     return switched_off(model)
 
 

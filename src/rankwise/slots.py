@@ -105,8 +105,9 @@ def adapter_name(model: nn.Module, name: str | None) -> str:
     """The given adapter name if the model has it; with None the only active one.
 
     Raises:
-        AttachError: no such adapter, or None where several are active or none is.
+        AttachError: no such adapter, or None where several are active or none is; the model is merged.
     """
+    check_unmerged(model)
     _, record = host(model)
     if name is None:
         active = list(dict.fromkeys(name for slot in slots(model).values() for name in slot.active))
@@ -118,6 +119,48 @@ def adapter_name(model: nn.Module, name: str | None) -> str:
             f"no adapter {name!r} on this model, it has {sorted(record.specs)}{nearest(name, record.specs)}"
         )
     return name
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Refuse a name under which no new adapter can be put on this model.
+
+    Raises:
+        AttachError: the name is malformed or taken, or the model can carry no adapter now.
+    """
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise AttachError(
+            f"adapter name {name!r} cannot be used: it must be non-empty, without dots, and not the name of a method "
+            f"of torch.nn.ModuleDict; choose another"
+        )
+    found = find_record(model)
+    if found is None:
+        if slots(model):
+            raise AttachError(
+                f"this module is a part of a model that carries adapters (at {next(iter(slots(model)))!r}, ...); "
+                f"attach to the whole model, as before"
+            )
+        return
+    if found[1].merged:
+        raise AttachError("this model is merged: call rankwise.unmerge(model) or rankwise.detach(model) first")
+    if name in found[1].specs:
+        raise AttachError(
+            f"this model already carries an adapter {name!r}: give this one another name, or detach that one first"
+        )
+    if any(slot.original is not None for slot in slots(model).values()):
+        raise AttachError(
+            "this model carries an adapter with anchor='fold', which changed the base weights and so must stay the "
+            "only one; detach it, or attach it with anchor='frozen'"
+        )
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Refuse a merged model: its adapters are put aside.
+
+    Raises:
+        AttachError: the model is merged, or carries no adapter.
+    """
+    if host(model)[1].merged:
+        raise AttachError("this model is merged, its adapters are put aside: call rankwise.unmerge(model) first")
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
@@ -206,7 +249,8 @@ def uninstall(model: nn.Module) -> None:
         remove_slot(owner.get_submodule(path))
     _unwatch(owner)
     for path, parameter in owner.named_parameters():
-        parameter.requires_grad_(record.base_flags[path])
+        if path in record.base_flags:  # a parameter that came later keeps what it was given
+            parameter.requires_grad_(record.base_flags[path])
     delattr(owner, _RECORD)
 
 
@@ -256,7 +300,8 @@ def _swap_original(owner: nn.Module, slot: Slot) -> None:
 def _add_adapters(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook. A function of the module, so that it survives deepcopy and pickle."""
     slot: Any = layer._modules[SLOT]
-    return slot(layer, args[0] if args else kwargs["input"], output)  # type: ignore[no-any-return]
+    x = args[0] if args else next(iter(kwargs.values()))  # "input", or "x" for a Conv1D
+    return slot(layer, x, output)  # type: ignore[no-any-return]
 
 
 def _watch(owner: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:

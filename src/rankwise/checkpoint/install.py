@@ -11,14 +11,14 @@ from rankwise.adapter import Adapter, SiteAdapter, extract, probe
 from rankwise.checkpoint.bottleneck_format import PEFT_TYPE, read_bottlenecks, write_bottlenecks
 from rankwise.checkpoint.files import read_json
 from rankwise.checkpoint.peft_format import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
-from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
+from rankwise.errors import BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.layers import Kind, dequantised, is_quantised, kind_of
 from rankwise.lowrank import LowRank
 from rankwise.plan import modules_saved_whole, under
 from rankwise.registry import nearest
 from rankwise.saved import SAVED, check_copyable, copied_values
 from rankwise.sites import Site
-from rankwise.slots import adapter_layers, adapter_name, find_record, host, install, switched_off
+from rankwise.slots import adapter_layers, adapter_name, check_new_name, find_record, host, install, switched_off
 from rankwise.spec import Bottleneck
 from rankwise.variants import FoldableLayer, Variant
 
@@ -63,12 +63,10 @@ def load(
 
     Raises:
         CheckpointError: one of its kinds, see ``rankwise.errors``. The model is then left as it was.
-        AttachError: the name is taken.
+        AttachError: the name is taken or malformed, or the model is merged.
     """
+    check_new_name(model, name)
     found = find_record(model)
-    if found and (name in found[1].specs or found[1].merged):
-        state = "is merged" if found[1].merged else f"already carries an adapter {name!r}"
-        raise AttachError(f"this model {state}: detach first" + ("" if found[1].merged else " or give another name"))
     owner = found[0] if found else model
     if read_json(Path(directory) / CONFIG).get("peft_type") == PEFT_TYPE:
         bottleneck, layers, probes = read_bottlenecks(owner, directory)

@@ -1,0 +1,106 @@
+"""torch.compile: the same values and gradients as without, in one graph.
+
+In a process of its own: the shape checker that the tests install on rankwise is Python that the compiler cannot read.
+"""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankwise as rw
+
+
+def _model(init: str, variant: str, dropout: float) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).double()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    rw.attach(model, rw.LoRA(rank=2, init=init, variant=variant, dropout=dropout))
+    with torch.no_grad():
+        for parameter in rw.trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, x
+
+
+def _grads(model: nn.Module, run: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    run(x).square().mean().backward()
+    return [p.grad.clone() for p in rw.trainable_parameters(model)]
+
+
+def same_as_without(init: str, variant: str) -> None:
+    model, x = _model(init, variant, 0.0)
+    plain = copy.deepcopy(model)
+    expected, gradients = plain(x), _grads(plain, plain, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+    for found, gradient in zip(_grads(model, compiled, x), gradients, strict=True):
+        assert gradient.any()
+        torch.testing.assert_close(found, gradient)
+    with torch.no_grad(), rw.disabled(model):
+        pretrained = compiled(x)
+        torch.testing.assert_close(pretrained, model(x))
+        assert not torch.allclose(pretrained, expected)
+    optimizer = torch.optim.SGD(rw.trainable_parameters(model), lr=0.5)
+    optimizer.step()  # parameters that change are followed
+    torch.testing.assert_close(compiled(x), model(x))
+    assert not torch.allclose(compiled(x), expected)
+
+
+def dropout_still_drops() -> None:
+    model, x = _model("pissa", "lora", 0.5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert not torch.equal(compiled(x), compiled(x))
+    model.eval()
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def a_compiled_wrapper_is_seen_through() -> None:
+    model, x = _model("pissa", "lora", 0.0)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert [p.name for p in rw.pairs(compiled)] == ["0", "2"]
+    rw.attach(compiled, rw.LoRA(rank=2), name="second")  # through the wrapper: onto the model's own modules
+    assert [p.name for p in rw.pairs(model, "second")] == ["0", "2"]
+    rw.activate(compiled, ["default", "second"])
+    torch.testing.assert_close(compiled(x), model(x))
+    rw.detach(compiled)
+    assert sorted(model.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+
+
+CASES = {
+    **{
+        f"{init}-{variant}": (same_as_without, init, variant)
+        for init in ("kaiming", "pissa")
+        for variant in rw.variants.VARIANTS
+    },
+    "dropout": (dropout_still_drops,),
+    "wrapper": (a_compiled_wrapper_is_seen_through,),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    """Case → "ok" or its error: one process for all."""
+    run = subprocess.run([sys.executable, "-W", "ignore", __file__], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return dict(line.split("\t", 1) for line in run.stdout.splitlines() if "\t" in line)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled(case: str, outcomes: dict[str, str]):
+    assert outcomes[case] == "ok"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name, (check, *arguments) in CASES.items():
+        try:
+            check(*arguments)
+        except Exception as error:  # noqa: BLE001
+            print(name, repr(f"{type(error).__name__}: {error}"), sep="\t")
+        else:
+            print(name, "ok", sep="\t")
+        torch._dynamo.reset()
