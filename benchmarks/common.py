@@ -35,7 +35,9 @@ def write(name: str, content: dict[str, Any]) -> None:
     print(f"wrote {path}")
 
 
-def batches(count: int = 8, size: int = 4, length: int = 128, *, seed: int = 0, full: bool = False) -> list[dict[str, Any]]:
+def batches(
+    count: int = 8, size: int = 4, length: int = 128, *, seed: int = 0, full: bool = False
+) -> list[dict[str, Any]]:
     """Tokenised training verses of the built-in data set, labels on the completion only.
 
     Args:

@@ -1,6 +1,6 @@
 """What is exact on SmolLM2-135M, and how nearly: starts, base weights, bf16 error, closed forms, PEFT files, merging.
 
-    python benchmarks/exactness.py
+python benchmarks/exactness.py
 """
 
 import hashlib

@@ -56,8 +56,8 @@ def first_step() -> str:
     ]
     head = ["start", "SGD: mean cosine (min–max)", "Adam: mean cosine (min–max)", "time to start"]
     return (
-        f"Cosine between the first step of the adapter and of full fine-tuning, over the {found['layers']} linear layers "
-        f"of SmolLM2-135M, r = {found['rank']}; gradient of 8 batches of 4 × 128 tokens "
+        f"Cosine between the first step of the adapter and of full fine-tuning, over the {found['layers']} linear "
+        f"layers of SmolLM2-135M, r = {found['rank']}; gradient of 8 batches of 4 × 128 tokens "
         f"({found['machine']['threads']} threads):\n\n" + table(head, rows)
     )
 
@@ -100,8 +100,8 @@ def training_step() -> str:
         rows.append([name, *(f"{c['ratio_of_medians']:.2f} ({c['min']:.2f}–{c['max']:.2f})" for c in cells)])
     head = ["", "rankwise / floor", "anchored start / floor", "PEFT / floor", "PEFT / rankwise"]
     text = (
-        "A training step (forward + backward) of SmolLM2-135M, batch 4 × 128, r = 8, all linear layers, over the frozen "
-        f"model's own; median ratio (min–max), {found['machine']['threads']} threads, interleaved in one process:\n\n"
+        "A training step (forward + backward) of SmolLM2-135M, batch 4 × 128, r = 8, all linear layers, over the "
+        f"frozen model's own; median ratio (min–max), {found['machine']['threads']} threads, interleaved in one process:\n\n"
     )
     rest = [
         [name, f"{row['peft / rankwise']['ratio_of_medians']:.1f}× ({row['peft / rankwise']['min']:.1f}–"
