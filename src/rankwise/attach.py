@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import AttachError, EvidenceError, TargetError
+from rankwise.errors import AttachError, EvidenceError, SpecError, TargetError
 from rankwise.evidence import exact_gradients, input_covariances, input_directions, stored_weights
 from rankwise.inits import Init, Kaiming, Loftq
 from rankwise.inits.base import EvidenceNeed
-from rankwise.layers import is_quantised, kind_of
+from rankwise.layers import is_quantised, kind_of, parameter_owners
 from rankwise.plan import modules_saved_whole, plan, target_layers
 from rankwise.saved import check_copyable, drop_copies, show_originals
 from rankwise.shapes import Float
@@ -212,6 +212,11 @@ def _build(layer: nn.Module, site: Site, spec: LoRA, seen: Any) -> FoldableLayer
     generator = site_generator(spec.seed, site.name)
     start = spec.init(weight, site, seen, generator)
     start = spec.variant.own_start(start, generator, default=isinstance(spec.init, Kaiming))
+    if not bool(start.A.any()) and not bool(start.B.any()):
+        raise SpecError(
+            f"{site.name}: init {type(spec.init).__name__} starts from zeros here, as the weight itself may be zero; "
+            f"no gradient would ever reach A or B: exclude the module, or use init 'kaiming'"
+        )
     variant = FoldedLora() if spec.anchor == "fold" else spec.variant
     return variant.build(site, kind, weight, start, spec.dropout)
 
@@ -221,17 +226,14 @@ def _check_foldable(model: nn.Module, sites: Iterable[Site], occupied: bool) -> 
         raise AttachError(
             "anchor='fold' changes the base weights, so it must be the model's only adapter; detach first"
         )
-    users: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(path)
+    owners = parameter_owners(model)
     for site in sites:
         layer: Any = model.get_submodule(site.name)
         if is_quantised(layer):
             raise AttachError(f"{site.name}: anchor='fold' cannot write into a quantised weight; use anchor='frozen'")
-        if len(users[id(layer.weight)]) > 1:
-            raise AttachError(
-                f"{site.name}: anchor='fold' would change the tied {users[id(layer.weight)]}; use 'frozen'"
-            )
+        tied = owners[id(layer.weight)]
+        if len(tied) > 1:
+            raise AttachError(f"{site.name}: anchor='fold' would change the tied {', '.join(tied)}; use 'frozen'")
 
 
 @torch.no_grad()

@@ -295,6 +295,15 @@ def kind_of(layer: nn.Module) -> Kind | None:
     return None
 
 
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Id of each parameter → its names, one for each module that owns it; more than one where modules share it."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():  # a module that stands in two places is one owner
+        for name, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    return owners
+
+
 def is_quantised(layer: Any) -> bool:
     """Whether the layer's weight is stored in another form than plain floating point numbers."""
     weight = layer.weight

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import MergeError
-from rankwise.layers import is_quantised
+from rankwise.layers import is_quantised, parameter_owners
 from rankwise.slots import Slot, host, put_slot, remove_slot, slots, uninstall
 from rankwise.variants import FoldableLayer
 
@@ -94,9 +94,7 @@ def _check_changes_of_weight(active: Mapping[str, Slot]) -> None:
 
 
 def _check_unshared(model: nn.Module, active: Mapping[str, Slot]) -> None:
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
+    owners = parameter_owners(model)
     for path in active:
         layer: Any = model.get_submodule(path)
         if is_quantised(layer):
@@ -104,7 +102,7 @@ def _check_unshared(model: nn.Module, active: Mapping[str, Slot]) -> None:
                 f"{path}: its weight is quantised ({type(layer).__name__}); expected a floating point weight: "
                 f"load the base in bf16 or fp32 and the adapter on top, then merge"
             )
-        shared = users[id(layer.weight)]
+        shared = owners[id(layer.weight)]
         if len(shared) > 1:
             raise MergeError(
                 f"{path}: its weight is shared by {', '.join(shared)}, so folding would change them all; "
