@@ -49,10 +49,16 @@ class DoraLayer(LoraLayer):
         super().__init__(site, kind, dropout, start, anchored=anchored)
         self.register_buffer("base_norm", row_norms(weight), persistent=False)
         self.magnitude = nn.Parameter(row_norms(weight))
+        # Training takes no magnitude through zero, but that of a row of zeros starts there.
+        self.invertible = bool(self.base_norm.all())
 
     def norm(self, layer: nn.Module) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
         """‖W + ΔW‖ of each row, and what ΔW adds to its square; both constants for autograd."""
-        with torch.no_grad(), torch.autocast(self.base_norm.device.type, enabled=False):
+        device = self.base_norm.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.norm(layer)
+        with torch.no_grad():
             term = self.delta()
             B, A = term.B.to(self.base_norm.dtype), term.A.to(self.base_norm.dtype)
             mixed = torch.addmm(self.kind.project(layer, A), B, A @ A.T, beta=2.0, alpha=term.scale)
@@ -72,7 +78,9 @@ class DoraLayer(LoraLayer):
 
     def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         d = self.deviation(*self.norm(layer))
-        return stretch(super().adapt(layer, x, y), d, self.kind.bias(layer), self.kind.output_axis)
+        return stretch(
+            super().adapt(layer, x, y), d, self.kind.bias(layer), self.kind.output_axis, invertible=self.invertible
+        )
 
     def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """W' − W, from the dense norm: the definition that the factored one is tested against."""
@@ -92,39 +100,56 @@ def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
     return norms
 
 
-def stretch(v: Tensor, d: Float[Tensor, " out"], bias: Tensor | None, axis: int) -> Tensor:
-    """v + d ⊙ (v − b): a layer's output whose part without the bias b is multiplied by 1 + d per output.
+def stretch(v: Tensor, d: Float[Tensor, " out"], bias: Tensor | None, axis: int, *, invertible: bool) -> Tensor:
+    """v + d ⊙ (v − b), in v's memory: a layer's output whose part without the bias b is multiplied by 1 + d per output.
 
     Args:
         v: the layer's output, outputs along ``axis``, a negative number.
+        invertible: 1 + d is nowhere zero, so that without a bias v need not be kept beside the result.
     """
     shape = (-1, *(1,) * (-1 - axis))
-    z = v if bias is None else v - bias.to(v.dtype).view(shape)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return torch.addcmul(v, z, d.to(v.dtype).view(shape))
-    return _Stretch.apply(v, z.detach(), d, shape)  # type: ignore[no-any-return, no-untyped-call]
+    factor = d.to(v.dtype).view(shape)
+    if torch.compiler.is_compiling():
+        return torch.addcmul(v, v if bias is None else v - bias.view(shape), factor)
+    with torch.no_grad():
+        z = v - bias.to(v.dtype).view(shape) if bias is not None else None if invertible else v.clone()
+    if not torch.is_grad_enabled():
+        return v.addcmul_(v if z is None else z, factor)
+    return _Stretch.apply(v, z, d, shape)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Stretch(torch.autograd.Function):
-    """v + d ⊙ z for z = v − constant: one pass back to v, where plain operations take one for v and one for z."""
+    """v + d ⊙ z for z = v − constant; without z, z = v, found again from the result."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, z: Tensor, d: Tensor, shape: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(z, d)
-        ctx.shape = shape
-        return torch.addcmul(v, z, d.to(v.dtype).view(shape))
+    def forward(ctx: Any, v: Tensor, z: Tensor | None, d: Tensor, shape: tuple[int, ...]) -> Tensor:
+        v.addcmul_(v if z is None else z, d.to(v.dtype).view(shape))
+        ctx.mark_dirty(v)
+        ctx.save_for_backward(v if z is None else z, d)
+        ctx.shape, ctx.of_result = shape, z is None
+        return v
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        z, d = ctx.saved_tensors
+        kept, d = ctx.saved_tensors
         grad_v = grad_d = None
         if ctx.needs_input_grad[0]:
             grad_v = torch.addcmul(grad, grad, d.to(grad.dtype).view(ctx.shape))
         if ctx.needs_input_grad[2]:
-            others = [axis for axis in range(-grad.dim(), 0) if axis != -len(ctx.shape)]
-            grad_d = (grad * z).sum(others).to(d.dtype)  # sums accumulate in fp32
+            grad_d = _sum_of_products(grad, kept, -len(ctx.shape)).to(d.dtype)
+            if ctx.of_result:
+                grad_d = torch.where(d == -1, 0, grad_d / (1 + d))
         return grad_v, None, grad_d, None
+
+
+def _sum_of_products(a: Tensor, b: Tensor, axis: int) -> Float[Tensor, " out"]:
+    """Σ a ⊙ b over all axes but one; on a CPU a slice at a time, so that the products stay in its cache."""
+    if axis != -1 or a.device.type != "cpu":
+        return (a * b).sum([other for other in range(-a.dim(), 0) if other != axis])
+    rows = max(2**17 // a.shape[-1], 1)
+    parts = zip(a.flatten(0, -2).split(rows), b.flatten(0, -2).split(rows), strict=True)
+    return torch.stack([(x * y).sum(0) for x, y in parts]).sum(0)
 
 
 @dataclass(frozen=True)
