@@ -101,7 +101,8 @@ def training_step() -> str:
     head = ["", "rankwise / floor", "anchored start / floor", "PEFT / floor", "PEFT / rankwise"]
     text = (
         "A training step (forward + backward) of SmolLM2-135M, batch 4 × 128, r = 8, all linear layers, over the "
-        f"frozen model's own; median ratio (min–max), {found['machine']['threads']} threads, interleaved in one process:\n\n"
+        "frozen model's; median ratio (min–max), interleaved in one process, "
+        f"{found['machine']['threads']} threads:\n\n"
     )
     rest = [
         [name, f"{row['peft / rankwise']['ratio_of_medians']:.1f}× ({row['peft / rankwise']['min']:.1f}–"
