@@ -86,7 +86,7 @@ def test_a_directory_is_loaded(tiny_directory: Path) -> None:
 
 
 def test_a_directory_is_loaded_for_classification(tiny_directory: Path) -> None:
-    model, _ = load_pretrained(str(tiny_directory), task="sequence-classification")
+    model, _ = load_pretrained(str(tiny_directory), task="classification")
     assert model.score.out_features == 2
 
 

@@ -79,10 +79,9 @@ def plan(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     """Show which layers a recipe adapts, and with how many parameters. Trains nothing."""
     wanted = recipes.load(recipe, overrides)
     from rankwise.train import run
-    from rankwise.train.show import plan_table
 
     console = Console()
-    console.print(plan_table(run.load(wanted, console).sites))
+    run.show_plan(run.load(wanted, console), console)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Training data: a JSONL or parquet file, or a built-in name → records in a form that TRL's `SFTTrainer` takes.
+"""Training data: a JSONL or parquet file, or a built-in name → records in a form that a trainer takes.
 
 The form is read off the fields of the first record; every other record must have the same.
 """
@@ -18,6 +18,7 @@ from pyarrow import parquet
 from rankwise.errors import DataError
 from rankwise.registry import nearest
 from rankwise.train.kjv import kjv_records
+from rankwise.train.movie_reviews import movie_review_records
 from rankwise.train.recipe import Recipe
 
 Record = dict[str, Any]
@@ -133,7 +134,7 @@ def _at_most(count: int | None, samples: Dataset, seed: int) -> Dataset:
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
-BUILT_IN: dict[str, Callable[..., list[Record]]] = {"kjv": kjv_records}
+BUILT_IN: dict[str, Callable[..., list[Record]]] = {"kjv": kjv_records, "movie-reviews": movie_review_records}
 
 
 def _read(source: str | Path, held_out: bool) -> Iterator[tuple[str, Record]]:

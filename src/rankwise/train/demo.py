@@ -39,7 +39,7 @@ _COMMON = {
 # `python benchmarks/demo_learning_rates.py` into benchmarks/results/demo_learning_rates.json.
 METHODS: dict[str, dict[str, object]] = {
     "LoRA": {"init": "kaiming", "learning_rate": 2e-3},
-    "LoRA-GA": {"init": "lora-ga", "scaling": "rslora", "learning_rate": 2e-4},
+    "LoRA-GA": {"init": "lora-ga", "scaling": "rslora", "learning_rate": 6.25e-5},
 }
 
 

@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
+from rankwise.errors import UnsupportedAdapter
+from rankwise.train.labels import read_labels
 from rankwise.train.merged import base_of
 from rankwise.train.pretrained import load_pretrained
 
@@ -38,6 +40,12 @@ def before_and_after(
 
 def answer(adapter: Path, base: str | None, prompt: str, *, chat: bool = False, max_new_tokens: int = 64) -> Sample:
     """Load a saved adapter on its base model (or on `base`) and answer a prompt without and with it."""
+    if (labels := read_labels(adapter)) is not None:
+        raise UnsupportedAdapter(
+            f"{adapter}: expected the adapter of a language model, found a classifier's ({', '.join(labels)}), which "
+            "writes no text. Fold it with `rankwise merge` and use the model with transformers' text-classification "
+            "pipeline."
+        )
     model, tokenizer = load_pretrained(base or base_of(adapter))
     rw.load(model, adapter)
     asked: Prompt = [{"role": "user", "content": prompt}] if chat else prompt

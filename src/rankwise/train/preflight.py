@@ -21,12 +21,12 @@ def numbered(dataset: Dataset) -> Dataset:
     return dataset.add_column(_ROW, list(range(1, len(dataset) + 1)))
 
 
-def check_form(data: Data, task: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The samples must be of a form that the task trains on, and chats need a template that marks the answers."""
+def check_form(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The samples must be of a form with text to learn, and chats need a template that marks the answers."""
     if data.format == "classification":
         raise DataError(
-            f"the data has the classification form (fields text, label), the recipe's task is {task}: expected text, "
-            "prompt/completion or messages. Bring the samples into one of these, or drop the label."
+            "the data has the classification form (fields text, label), the recipe's task is causal-lm: expected text, "
+            "prompt/completion or messages. Set task: classification, or bring the samples into one of these."
         )
     if data.loss.get("assistant_only_loss"):
         _check_template(tokenizer)

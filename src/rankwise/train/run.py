@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -17,48 +17,50 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
-from rankwise.train import preflight
-from rankwise.train.adalora_callback import AdaLoraCallback
 from rankwise.train.card import save_model_card
+from rankwise.train.causal_lm import CausalLM
+from rankwise.train.classification import Classification
 from rankwise.train.curve import points, save_loss_curve
-from rankwise.train.data import Data, load_data
-from rankwise.train.generation import Sample, before_and_after
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.data import load_data
+from rankwise.train.generation import Sample
 from rankwise.train.progress import ProgressBar, busy
-from rankwise.train.recipe import AdapterFields, Recipe, TrainingFields
+from rankwise.train.recipe import Recipe
 from rankwise.train.show import plan_table
-from rankwise.train.trainer import AdapterTrainer, newest_checkpoint, sft_config
+from rankwise.train.task import Loaded, Task
+from rankwise.train.trainer import AdapterTrainer, newest_checkpoint
 
-Batch = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
 
-TRAINING, HELD_OUT = "training", "held-out"
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model and what a recipe will adapt of it; nothing is changed."""
-
-    recipe: Recipe
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    sites: Sequence[rw.Site]
+TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A run that has passed its checks: the adapter is attached, nothing is trained."""
 
-    recipe: Recipe
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    loaded: Loaded
     trainer: AdapterTrainer
-    sites: Sequence[rw.Site]
     batches: Sequence[Batch]
     held_out: Dataset | None
     bar: ProgressBar
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the run."""
+        return self.loaded.recipe
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model with its adapter."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.loaded.tokenizer
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,15 @@ class Result:
 def train(recipe: Recipe, console: Console) -> Result:
     """The whole run."""
     loaded = load(recipe, console)
-    console.print(plan_table(loaded.sites))
+    show_plan(loaded, console)
     return execute(prepare(loaded, console), console)
 
 
-def spec_of(recipe: Recipe) -> rw.LoRA:
-    """The adapter that a recipe asks for."""
-    return rw.LoRA.from_dict(recipe.section(AdapterFields))
+def show_plan(loaded: Loaded, console: Console) -> None:
+    """Say what will be adapted, and what trained whole."""
+    console.print(plan_table(loaded.sites))
+    if loaded.spec.modules_to_save:
+        console.print(f"Trained whole and saved beside the adapter: {', '.join(loaded.spec.modules_to_save)}")
 
 
 def title_of(recipe: Recipe) -> str:
@@ -91,80 +95,43 @@ def title_of(recipe: Recipe) -> str:
 
 
 def load(recipe: Recipe, console: Console) -> Loaded:
-    """The model, and which of its layers the recipe adapts. Reads no data."""
+    """The model, and which of its layers the recipe adapts."""
     with busy(console, "Loading the model"):
-        model, tokenizer = load_pretrained(recipe.model, dtype=recipe.dtype, task=recipe.task)
-    return Loaded(recipe, model, tokenizer, rw.plan(model, spec_of(recipe)))
+        return TASKS[recipe.task].load(recipe)
 
 
 def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
     """Check the data, and attach the adapter at its start."""
-    recipe, model, tokenizer = loaded.recipe, loaded.model, loaded.tokenizer
-    preflight.check_reached(model, loaded.sites)
+    recipe, task = loaded.recipe, TASKS[loaded.recipe.task]
     bar = ProgressBar(console, title)
     with busy(console, "Reading and tokenising the data"):
         data = load_data(recipe)
-        preflight.check_form(data, recipe.task, tokenizer)
-        given = {what: preflight.numbered(samples) for what, samples in _parts(data).items()}
-        trainer = _trainer(recipe, model, tokenizer, given, data.loss, bar)
-        tokenised = {TRAINING: trainer.train_dataset, HELD_OUT: trainer.eval_dataset}
-    for what, samples in given.items():
-        for warning in preflight.check_labels(tokenised[what], samples, what, tokenizer, recipe.max_length):
-            console.print(f"[yellow]{warning}")
+        task.check(loaded, data)
+        trainer, warnings = task.trainer(loaded, data, bar)
+    for warning in warnings:
+        console.print(f"[yellow]{warning}")
     with busy(console, "Computing the adapter's start"):
         batches = list(_start_batches(trainer, recipe))
-        rw.attach(model, spec_of(recipe), batches=batches)
-    return Prepared(recipe, model, tokenizer, trainer, loaded.sites, batches, data.eval, bar)
+        rw.attach(loaded.model, loaded.spec, batches=batches)
+    return Prepared(loaded, trainer, batches, data.eval, bar)
 
 
 def execute(prepared: Prepared, console: Console) -> Result:
     """Train, then write the adapter, its card, the loss curve and the numbers."""
-    recipe, trainer = prepared.recipe, prepared.trainer
+    recipe, trainer, task = prepared.recipe, prepared.trainer, TASKS[prepared.recipe.task]
     _train(prepared)
     out = Path(recipe.output_dir)
     adapter = out / "adapter"
     rw.save(prepared.model, adapter)
     prepared.tokenizer.save_pretrained(adapter)
+    task.save(prepared.loaded, adapter)
     history = trainer.state.log_history
-    sample = _held_out_sample(prepared)
-    metrics = _metrics(prepared, history)
-    curve = save_loss_curve({"run": history}, out / "loss.png", title_of(recipe))
+    sample = task.sample(prepared.loaded, prepared.held_out)
+    metrics = _metrics(prepared, history) | task.metrics(history)
+    curve = save_loss_curve({"run": history}, out / "loss.png", title_of(recipe), task.loss_unit)
     save_model_card(adapter, title=title_of(recipe), recipe=recipe, metrics=metrics, curve=curve, sample=sample)
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return Result(prepared, adapter, curve, history, metrics, sample)
-
-
-def _parts(data: Data) -> dict[str, Dataset]:
-    return {TRAINING: data.train} | ({} if data.eval is None else {HELD_OUT: data.eval})
-
-
-def _trainer(
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: dict[str, Dataset],
-    loss: dict[str, bool],
-    bar: ProgressBar,
-) -> AdapterTrainer:
-    """The trainer comes before the adapter: it tokenises the data that the start is computed from."""
-    held_out = samples.get(HELD_OUT)
-    args = sft_config(
-        recipe.section(TrainingFields) | loss,
-        max_length=recipe.max_length,
-        seed=recipe.seed,
-        has_eval=held_out is not None,
-    )
-    trainer = AdapterTrainer(
-        model=model,
-        args=args,
-        train_dataset=samples[TRAINING],
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=[bar, AdaLoraCallback()],
-        lr_ratio=recipe.lr_ratio,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def _train(prepared: Prepared) -> None:
@@ -194,15 +161,6 @@ def _checkpoint(recipe: Recipe) -> str | None:
     return choice or None
 
 
-def _held_out_sample(prepared: Prepared) -> Sample | None:
-    """The first held-out prompt, answered before and after; none where there are no prompts."""
-    if prepared.held_out is None or "prompt" not in prepared.held_out.column_names:
-        return None
-    row = prepared.held_out[0]
-    sample = before_and_after(prepared.model, prepared.tokenizer, row["prompt"])
-    return replace(sample, reference=row["completion"]) if isinstance(row["completion"], str) else sample
-
-
 def _metrics(prepared: Prepared, history: list[dict[str, Any]]) -> dict[str, Any]:
     trainer = prepared.trainer
     _, training = points(history, "loss")
@@ -216,7 +174,7 @@ def _metrics(prepared: Prepared, history: list[dict[str, Any]]) -> dict[str, Any
         "train_seconds": points(history, "train_runtime")[1][-1],
         "train_samples": len(trainer.train_dataset),
         "eval_samples": 0 if trainer.eval_dataset is None else len(trainer.eval_dataset),
-        "trainable_parameters": sum(site.parameters for site in prepared.sites),
+        "trainable_parameters": sum(tensor.numel() for tensor in rw.trainable_parameters(prepared.model)),
         "versions": {name: version(name) for name in ("rankwise", "torch", "transformers", "trl")},
         "python": platform.python_version(),
         "device": str(prepared.model.device),

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer`, taught that the model carries a rankwise adapter: checkpoints hold the adapter only."""
+"""transformers' and TRL's trainers, taught that the model carries a rankwise adapter: checkpoints hold it only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import rankwise as rw
@@ -19,7 +19,7 @@ from rankwise.errors import CheckpointError, TrainingError
 _RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
-class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
+class AdapterTrainer(Trainer):  # type: ignore[misc]
     """Overrides where a `Trainer` saves, loads and steps, and nothing else.
 
     A checkpoint directory is a PEFT adapter (`rw.save`) plus the raw trained tensors and their anchor, from
@@ -32,6 +32,7 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
         self.lr_ratio = lr_ratio
         self._own_forward = vars(model).get("forward")
         super().__init__(model=model, **kwargs)
+        self.remove_callback(PrinterCallback)
 
     def release(self) -> None:
         """Give the model its own forward back: TRL and accelerate put theirs on the instance."""
@@ -87,8 +88,21 @@ class AdapterTrainer(SFTTrainer):  # type: ignore[misc]
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run writes its own card once its results are known."""
 
+
+class LanguageTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]
+    """Trains a language model as TRL does."""
+
     def _send_telemetry(self) -> None:
         """Nothing: a run tells nobody."""
+
+
+class ClassifierTrainer(AdapterTrainer):
+    """Trains a classifier."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Their forward takes any argument, but not the number of items that accumulated batches hold together.
+        self.model_accepts_loss_kwargs = False
 
 
 def newest_checkpoint(output_dir: str | Path) -> str:
@@ -107,21 +121,31 @@ _OURS = ("resume_from_checkpoint", "gradient_checkpointing")
 
 
 def sft_config(training: dict[str, Any], *, max_length: int | None, seed: int, has_eval: bool) -> SFTConfig:
-    """Recipe fields as TRL's configuration; the additions below are what the fields imply."""
+    """Recipe fields as TRL's configuration."""
+    return SFTConfig(**_arguments(training, seed, has_eval), max_length=max_length)
+
+
+def training_arguments(training: dict[str, Any], *, seed: int, has_eval: bool) -> TrainingArguments:
+    """Recipe fields as transformers' configuration."""
+    # Texts of like length in one batch: less padding, by far fewer tokens to compute.
+    return TrainingArguments(**_arguments(training, seed, has_eval), train_sampling_strategy="group_by_length")
+
+
+def _arguments(training: dict[str, Any], seed: int, has_eval: bool) -> dict[str, Any]:
+    """Recipe fields under transformers' names; the additions below are what the fields imply."""
     given = {name: value for name, value in training.items() if name not in _OURS}
     evaluate = "no" if not has_eval else "epoch" if given["eval_steps"] is None else "steps"
-    return SFTConfig(
+    return {
         **given,
         # transformers' new name for what everyone still calls gradient checkpointing.
-        activation_checkpointing=training["gradient_checkpointing"],
-        max_length=max_length,
-        seed=seed,
-        eval_strategy=evaluate,
+        "activation_checkpointing": training["gradient_checkpointing"],
+        "seed": seed,
+        "eval_strategy": evaluate,
         # The start changes nothing, so an evaluation before the first step is the pretrained model's.
-        eval_on_start=has_eval and not training["resume_from_checkpoint"],
+        "eval_on_start": has_eval and not training["resume_from_checkpoint"],
         # transformers would report a NaN as the average of the losses before it.
-        logging_nan_inf_filter=False,
-        logging_first_step=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        "logging_nan_inf_filter": False,
+        "logging_first_step": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }

@@ -1,0 +1,72 @@
+"""`task: causal-lm`: a language model learns to continue text, to complete prompts or to answer in chats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+import rankwise as rw
+from rankwise.train import preflight
+from rankwise.train.adalora_callback import AdaLoraCallback
+from rankwise.train.data import Data
+from rankwise.train.generation import Sample, before_and_after
+from rankwise.train.pretrained import load_pretrained
+from rankwise.train.progress import ProgressBar
+from rankwise.train.recipe import Recipe, TrainingFields
+from rankwise.train.task import Loaded, Task, spec_of
+from rankwise.train.trainer import AdapterTrainer, LanguageTrainer, sft_config
+
+
+class CausalLM(Task):
+    """Trained by TRL's `SFTTrainer`."""
+
+    loss_unit = "nats per token"
+
+    def load(self, recipe: Recipe) -> Loaded:
+        model, tokenizer = load_pretrained(recipe.model, dtype=recipe.dtype)
+        spec = spec_of(recipe)
+        return Loaded(recipe, model, tokenizer, spec, rw.plan(model, spec))
+
+    def check(self, loaded: Loaded, data: Data) -> None:
+        preflight.check_reached(loaded.model, loaded.sites)
+        preflight.check_form(data, loaded.tokenizer)
+
+    def trainer(self, loaded: Loaded, data: Data, bar: ProgressBar) -> tuple[AdapterTrainer, list[str]]:
+        recipe, tokenizer = loaded.recipe, loaded.tokenizer
+        train = preflight.numbered(data.train)
+        held_out = None if data.eval is None else preflight.numbered(data.eval)
+        trainer = LanguageTrainer(
+            model=loaded.model,
+            args=sft_config(
+                recipe.section(TrainingFields) | data.loss,
+                max_length=recipe.max_length,
+                seed=recipe.seed,
+                has_eval=held_out is not None,
+            ),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[bar, AdaLoraCallback()],
+            lr_ratio=recipe.lr_ratio,
+        )
+        warnings = preflight.check_labels(trainer.train_dataset, train, "training", tokenizer, recipe.max_length)
+        if held_out is not None:
+            warnings += preflight.check_labels(trainer.eval_dataset, held_out, "held-out", tokenizer, recipe.max_length)
+        return trainer, warnings
+
+    def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
+        """The first held-out prompt; none where there are no prompts."""
+        if held_out is None or "prompt" not in held_out.column_names:
+            return None
+        row = held_out[0]
+        sample = before_and_after(loaded.model, loaded.tokenizer, row["prompt"])
+        return replace(sample, reference=row["completion"]) if isinstance(row["completion"], str) else sample
+
+    def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        return {}
+
+    def save(self, loaded: Loaded, adapter: Path) -> None:
+        pass

@@ -1,0 +1,156 @@
+"""`task: classification`: an encoder, or any other model, learns which label a text, or a pair of texts, has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+import rankwise as rw
+from rankwise.errors import DataError
+from rankwise.train.adalora_callback import AdaLoraCallback
+from rankwise.train.curve import points
+from rankwise.train.data import Data, load_records
+from rankwise.train.generation import Sample
+from rankwise.train.labels import save_labels
+from rankwise.train.pretrained import load_classifier
+from rankwise.train.progress import ProgressBar
+from rankwise.train.recipe import Recipe, TrainingFields
+from rankwise.train.task import Loaded, Task, spec_of
+from rankwise.train.trainer import AdapterTrainer, ClassifierTrainer, training_arguments
+
+
+class Classification(Task):
+    """Trained by transformers' `Trainer`; the new head is trained whole and saved beside the adapter."""
+
+    loss_unit = "nats"
+
+    def load(self, recipe: Recipe) -> Loaded:
+        name, records = load_records(recipe.data, data_format=recipe.data_format)
+        _check_form(name)
+        model, tokenizer, head = load_classifier(
+            recipe.model, _label_names(records, recipe.data), dtype=recipe.dtype, seed=recipe.seed
+        )
+        whole = list(dict.fromkeys([*recipe.modules_to_save, *head]))
+        spec = spec_of(recipe.model_copy(update={"modules_to_save": whole}))
+        return Loaded(recipe, model, tokenizer, spec, rw.plan(model, spec))
+
+    def check(self, loaded: Loaded, data: Data) -> None:
+        _check_form(data.format)
+        known = loaded.model.config.label2id
+        for row in [] if data.eval is None else data.eval:
+            if str(row["label"]) not in known:
+                raise DataError(
+                    f"held-out data: expected the labels of the training data ({', '.join(known)}), found "
+                    f"{row['label']!r}. Remove those samples, or add some with that label to the training data."
+                )
+        if loaded.tokenizer.pad_token_id is None:
+            raise DataError(
+                f"{loaded.recipe.model}: expected a tokenizer with a padding token, since texts of different lengths "
+                "stand in one batch, found none. Set pad_token in its tokenizer_config.json."
+            )
+
+    def trainer(self, loaded: Loaded, data: Data, bar: ProgressBar) -> tuple[AdapterTrainer, list[str]]:
+        recipe = loaded.recipe
+        trainer = ClassifierTrainer(
+            model=loaded.model,
+            args=training_arguments(recipe.section(TrainingFields), seed=recipe.seed, has_eval=data.eval is not None),
+            train_dataset=_tokenised(loaded, data.train),
+            eval_dataset=None if data.eval is None else _tokenised(loaded, data.eval),
+            processing_class=loaded.tokenizer,
+            data_collator=DataCollatorWithPadding(loaded.tokenizer),
+            compute_metrics=_accuracy,
+            preprocess_logits_for_metrics=_predicted,
+            callbacks=[bar, AdaLoraCallback()],
+            lr_ratio=recipe.lr_ratio,
+        )
+        return trainer, []
+
+    def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
+        """The first held-out text, with the model's label for it and how sure it is."""
+        if held_out is None:
+            return None
+        row = held_out[0]
+        inputs = _encode(loaded, [row["text"]], [row["text_pair"]])
+        with rw.disabled(loaded.model):
+            before = _answer(loaded.model, inputs)
+        shown = " | ".join(text for text in (row["text"], row["text_pair"]) if text is not None)
+        return Sample(shown, before, _answer(loaded.model, inputs), str(row["label"]))
+
+    def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        _, accuracies = points(history, "eval_accuracy")
+        return {"accuracy_before": accuracies[0], "accuracy_after": accuracies[-1]} if accuracies else {}
+
+    def save(self, loaded: Loaded, adapter: Path) -> None:
+        names = loaded.model.config.id2label
+        save_labels(adapter, [names[index] for index in range(len(names))])
+
+
+def _check_form(found: str) -> None:
+    if found != "classification":
+        raise DataError(
+            f"the recipe's task is classification: expected data with the fields text and label, found the {found} "
+            "form. Rename its fields, or set task: causal-lm."
+        )
+
+
+def _label_names(records: list[dict[str, Any]], source: str) -> list[str]:
+    """The labels in order: numbers by value, names by alphabet."""
+    labels = [str(label) for label in sorted({record["label"] for record in records})]
+    if len(labels) < 2:
+        raise DataError(
+            f"{source}: expected samples of two labels at least, found only the label {', '.join(labels)}: there is "
+            "nothing to tell apart. Add samples with another label."
+        )
+    return labels
+
+
+def _tokenised(loaded: Loaded, samples: Dataset) -> Dataset:
+    """Token ids and the number of the label, cut to what the model can read."""
+    number = loaded.model.config.label2id
+
+    def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        labels = [number[str(label)] for label in batch["label"]]
+        return {**_encode(loaded, batch["text"], batch["text_pair"]), "labels": labels}
+
+    return samples.map(encode, batched=True, remove_columns=samples.column_names)
+
+
+def _encode(loaded: Loaded, texts: list[str], pairs: list[str | None]) -> dict[str, Any]:
+    # A field has one type throughout the data, so either all samples are pairs or none is.
+    second = None if pairs[0] is None else pairs
+    limit = _longest(loaded.recipe, loaded.model, loaded.tokenizer)
+    return dict(loaded.tokenizer(texts, second, truncation=limit is not None, max_length=limit))
+
+
+def _longest(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The recipe's max_length, or less where the model has fewer positions."""
+    limits = (recipe.max_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _predicted(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """The likeliest label's number; some models return more than logits."""
+    return (logits if isinstance(logits, Tensor) else logits[0]).argmax(-1)
+
+
+def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((evaluated.predictions == evaluated.label_ids).mean())}
+
+
+@torch.no_grad()
+def _answer(model: PreTrainedModel, inputs: dict[str, Any]) -> str:
+    training = model.training
+    model.eval()
+    try:
+        batch = {name: torch.tensor(value, device=model.device) for name, value in inputs.items()}
+        chances = model(**batch).logits[0].float().softmax(-1)
+    finally:
+        model.train(training)
+    best = int(chances.argmax())
+    return f"{model.config.id2label[best]} ({float(chances[best]):.0%})"

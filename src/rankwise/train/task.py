@@ -1,0 +1,72 @@
+"""What differs between one thing to train a model for and another. The run around it is the same."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import rankwise as rw
+from rankwise.train.data import Data
+from rankwise.train.generation import Sample
+from rankwise.train.progress import ProgressBar
+from rankwise.train.recipe import AdapterFields, Recipe
+from rankwise.train.trainer import AdapterTrainer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and what a recipe will adapt of it; nothing is changed."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: rw.LoRA
+    sites: Sequence[rw.Site]
+
+
+class Task(ABC):
+    """One thing to train a model for. Stateless."""
+
+    loss_unit: ClassVar[str]
+
+    @abstractmethod
+    def load(self, recipe: Recipe) -> Loaded:
+        """The model, and what the recipe will adapt of it."""
+
+    @abstractmethod
+    def check(self, loaded: Loaded, data: Data) -> None:
+        """Refuse data or layers that this task cannot train on.
+
+        Raises:
+            DataError, TargetError: what does not fit.
+        """
+
+    @abstractmethod
+    def trainer(self, loaded: Loaded, data: Data, bar: ProgressBar) -> tuple[AdapterTrainer, list[str]]:
+        """The trainer with its tokenised data, and warnings about samples that cannot be used.
+
+        It comes before the adapter: the start may be computed from its batches.
+        """
+
+    @abstractmethod
+    def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
+        """A held-out sample as the pretrained and the adapted model answer it; None where there is none to show."""
+
+    @abstractmethod
+    def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
+        """Figures of the run beside its losses."""
+
+    @abstractmethod
+    def save(self, loaded: Loaded, adapter: Path) -> None:
+        """Write what the adapter's directory needs beside the adapter and the tokenizer."""
+
+
+def spec_of(recipe: Recipe) -> rw.LoRA:
+    """The adapter that a recipe asks for."""
+    return rw.LoRA.from_dict(recipe.section(AdapterFields))
