@@ -127,8 +127,8 @@ def sft_config(training: dict[str, Any], *, max_length: int | None, seed: int, h
 
 def training_arguments(training: dict[str, Any], *, seed: int, has_eval: bool) -> TrainingArguments:
     """Recipe fields as transformers' configuration."""
-    # Texts of like length in one batch: less padding, by far fewer tokens to compute.
-    return TrainingArguments(**_arguments(training, seed, has_eval), train_sampling_strategy="group_by_length")
+    # Not "group_by_length": its order comes from the global random state, so that a resumed run would see another.
+    return TrainingArguments(**_arguments(training, seed, has_eval))
 
 
 def _arguments(training: dict[str, Any], seed: int, has_eval: bool) -> dict[str, Any]:
