@@ -1,5 +1,6 @@
 """Adapter: the portable value of a trained adapter, its spec and each site's tensors, without a model."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -40,7 +41,8 @@ class Adapter:
     Attributes:
         spec: what made it; for a file that another library wrote, what its configuration says.
         sites: module path → its part.
-        targets: the shortest list of module names that selects exactly these sites on the base they came from.
+        targets: the shortest list of module names that selects exactly these sites on the base they came from, or a
+            regular expression where no list does.
         base_probe: module path → 16 evenly spaced base weights, by which another base is recognised.
         base_model: name or path of the base, where known.
         saved: the tensors of ``modules_to_save``, by their names in the model's state dict.
@@ -48,7 +50,7 @@ class Adapter:
 
     spec: LoRA
     sites: Mapping[str, SiteAdapter]
-    targets: tuple[str, ...]
+    targets: str | tuple[str, ...]
     base_probe: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     base_model: str | None = None
     saved: Mapping[str, Tensor] = field(default_factory=dict)
@@ -82,15 +84,20 @@ def _site_adapter(layer: nn.Module, adapter: FoldableLayer) -> SiteAdapter:
     return SiteAdapter(adapter.kind.name, on_cpu, adapter.kind.kernel(layer), adapter.kind.groups(layer), extra)
 
 
-def shortest_targets(model: nn.Module, sites: list[str]) -> tuple[str, ...]:
-    """Last parts of the sites' names where those select exactly them, else the whole names."""
+def shortest_targets(model: nn.Module, sites: list[str]) -> str | tuple[str, ...]:
+    """Last parts of the sites' names where those select exactly them, else the whole names.
+
+    A whole name may be the end of another (``fc`` and ``layers.0.fc``): a regular expression then names each site.
+    """
     modules = {name for name, module in model.named_modules() if name}
     chosen = set(sites)
     targets: set[str] = set()
     for site in sites:
         last = site.rpartition(".")[2]
-        alike = {name for name in modules if name == last or name.endswith(f".{last}")}
-        targets.add(last if alike <= chosen else site)
+        fitting = [end for end in (last, site) if chosen.issuperset(n for n in modules if f".{n}".endswith(f".{end}"))]
+        if not fitting:
+            return "|".join(re.escape(site) for site in sorted(sites))
+        targets.add(fitting[0])
     return tuple(sorted(targets))
 
 

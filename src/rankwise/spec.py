@@ -1,5 +1,6 @@
 """``LoRA(...)`` and ``Bottleneck(...)``: what to adapt and how, validated when it is made."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -195,5 +196,9 @@ def _pattern(field_name: str, value: Any, check: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise SpecError(f"{field_name} must map a module pattern to a number, found {value!r}")
     for key, item in value.items():
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise SpecError(f"{field_name} key {key!r} is not a regular expression: {error}") from None
         check(f"{field_name}[{key!r}]", item)
     return MappingProxyType(dict(value))

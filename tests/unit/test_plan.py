@@ -117,8 +117,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
      r"leaves no module to adapt after exclude_modules"),
     ({"rank_pattern": {"nope": 2}}, TargetError,
      r"rank_pattern key 'nope' matches none of the adapted modules"),
-    ({"alpha_pattern": {"(": 2}}, TargetError,
-     r"alpha_pattern key '\(' is not a regular expression"),
     ({"rank": 9}, SpecError,
      r"^blocks.0.attn.q_proj: rank 9 is larger than min\(out, in\) = 8 of its 8 × 8 weight.*lower rank"),
     ({"rank": 10**9}, SpecError,

@@ -111,6 +111,8 @@ BAD = [
     ({"exclude_modules": 7}, r"exclude_modules must be a string or a list of non-empty strings, found 7"),
     ({"modules_to_save": None}, r"modules_to_save must be a string or a list of non-empty strings, found None"),
     ({"rank_pattern": {"q": 0}}, r"rank_pattern\['q'\] must be a positive integer, found 0"),
+    ({"rank_pattern": {"(": 2}}, r"rank_pattern key '\(' is not a regular expression"),
+    ({"alpha_pattern": {3: 2}}, r"alpha_pattern key 3 is not a regular expression"),
     ({"rank_pattern": ["q"]}, r"rank_pattern must map a module pattern to a number, found \['q'\]"),
     ({"alpha_pattern": {"q": float("nan")}}, r"alpha_pattern\['q'\] must be a positive finite number, found nan"),
     ({"init": "piss"}, r"init: expected one of .*found 'piss'; did you mean 'pissa'\?"),

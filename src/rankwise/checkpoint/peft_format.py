@@ -79,6 +79,7 @@ def _extra(adapter: Adapter) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "spec": adapter.spec.to_dict(),
+        "sites": list(adapter.sites),
         "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
     }
 
@@ -94,7 +95,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "base_model_name_or_path": adapter.base_model,
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": list(adapter.targets),
+        "target_modules": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
         "exclude_modules": None,
         "lora_dropout": float(spec.dropout),
         "use_rslora": spec.scaling == "rslora",
@@ -164,6 +165,9 @@ def read_adapter(directory: str | Path) -> Adapter:
     saved = _saved_whole(tensors, spec.modules_to_save)
     parts = _by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
     sites = {path: _site(folder / TENSORS, path, found, spec) for path, found in parts.items()}
+    missing = [path for path in extra.get("sites", ()) if path not in sites]
+    if missing:
+        raise MissingTensor(f"{folder / TENSORS}: no tensors for {missing[0]}, which {EXTRA} lists; it is incomplete")
     probes = {path: tuple(values) for path, values in extra.get("base_probe", {}).items()}
     whole = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
     return Adapter(spec, sites, _targets(where, config), probes, config.get("base_model_name_or_path"), whole)
@@ -191,6 +195,7 @@ def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
             scaling="rslora" if config.get("use_rslora") else "lora",
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
+            exclude_modules=config.get("exclude_modules") or (),
             modules_to_save=config.get("modules_to_save") or (),
             dropout=config.get("lora_dropout") or 0.0,
             variant="dora" if config.get("use_dora") else "lora",
@@ -199,9 +204,11 @@ def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
         raise SpecError(f"{where}: {error}") from None
 
 
-def _targets(where: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+def _targets(where: Path, config: Mapping[str, Any]) -> str | tuple[str, ...]:
     targets = config.get("target_modules") or ()
-    return (targets,) if isinstance(targets, str) else tuple(targets)
+    if config.get("layers_to_transform") is not None:
+        return ()  # the names select more than the adapter has
+    return targets if isinstance(targets, str) else tuple(targets)
 
 
 def _saved_whole(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
