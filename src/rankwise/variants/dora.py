@@ -148,7 +148,7 @@ def _sum_of_products(a: Tensor, b: Tensor, axis: int) -> Float[Tensor, " out"]:
     if axis != -1 or a.device.type != "cpu":
         return (a * b).sum([other for other in range(-a.dim(), 0) if other != axis])
     rows = max(2**17 // a.shape[-1], 1)
-    parts = zip(a.flatten(0, -2).split(rows), b.flatten(0, -2).split(rows), strict=True)
+    parts = zip(torch.split(a.flatten(0, -2), rows), torch.split(b.flatten(0, -2), rows), strict=True)
     return torch.stack([(x * y).sum(0) for x, y in parts]).sum(0)
 
 
