@@ -151,7 +151,8 @@ class Bottleneck:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[operator]
+    # A bool is no number here, and an integer may be too large to be compared as a float.
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
 
 
 def _check_rank(name: str, value: object) -> None:

@@ -452,3 +452,9 @@ def test_every_optimizer_of_the_table_trains_everything(name: str) -> None:
     assert all(group["weight_decay"] == 0.01 for group in optimizer.param_groups)
     losses = run(model, optimizer, 10)
     assert losses[-1] < losses[0]
+
+
+def test_a_change_that_is_no_product_of_the_pair_is_refused() -> None:
+    model = rw.attach(nn.Sequential(nn.Linear(16, 16)), rw.LoRA(rank=2, variant="adalora"))
+    with pytest.raises(SpecError, match=r"0: .* expected the variant 'lora' or 'dora', found a AdaLoraLayer"):
+        LoraPro.for_model(model, lr=1e-3)

@@ -92,7 +92,7 @@ def _ascend(
 def _cosine(A: Tensor, B: Tensor, G: Tensor, target: Tensor, sign: Sign) -> Float[Tensor, "n c"]:
     """cos(D, target) of every candidate."""
     overlap, size = _products(A, B, G, target, sign)
-    norm = torch.linalg.matrix_norm(target).clamp_min(1e-30)[:, None]
+    norm: Tensor = torch.linalg.matrix_norm(target).clamp_min(1e-30)[:, None]
     return overlap / (size.sqrt() * norm)
 
 

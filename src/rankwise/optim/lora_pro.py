@@ -30,6 +30,7 @@ from rankwise.lowrank import LowRank
 from rankwise.optim.checks import check_betas, check_number
 from rankwise.registry import nearest
 from rankwise.shapes import Float
+from rankwise.variants import LoraLayer
 
 # --- the equivalent gradient -----------------------------------------------------------------------------------------
 
@@ -416,6 +417,11 @@ def _check_complete(pairs: tuple[Pair, ...], given: list[Tensor]) -> None:
     if len(once) != len(given):
         raise SpecError("pairs, others: a tensor is given twice; expected every one once")
     for pair in pairs:
+        if not isinstance(pair.layer, LoraLayer):
+            raise SpecError(
+                f"{pair.name}: LoRA-Pro's equivalent gradient is that of s·BA; expected the variant 'lora' or 'dora', "
+                f"found a {type(pair.layer).__name__}; train it with AdamW"
+            )
         if not all(p.requires_grad for p in pair.parameters):
             raise SpecError(f"{pair.name}: expected both halves of the pair to be trainable, found a frozen one")
         for name, parameter in pair.layer.named_parameters():
