@@ -207,6 +207,6 @@ def _check_base(
             if gap > room:
                 raise BaseMismatch(
                     f"{directory}: the base weights at {path} differ by {gap:.0%} from those that the adapter was "
-                    f"trained on (expected ≤ {room:.0%}); load its own base {base_model or ''}, "
+                    f"trained on (expected ≤ {room:.0%}); load its own base{f' {base_model}' if base_model else ''}, "
                     f"or pass allow_other_base=True"
                 )

@@ -165,12 +165,22 @@ def read_adapter(directory: str | Path) -> Adapter:
     saved = _saved_whole(tensors, spec.modules_to_save)
     parts = _by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
     sites = {path: _site(folder / TENSORS, path, found, spec) for path, found in parts.items()}
+    _check_extra(folder / EXTRA, extra)
     missing = [path for path in extra.get("sites", ()) if path not in sites]
     if missing:
         raise MissingTensor(f"{folder / TENSORS}: no tensors for {missing[0]}, which {EXTRA} lists; it is incomplete")
     probes = {path: tuple(values) for path, values in extra.get("base_probe", {}).items()}
     whole = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
     return Adapter(spec, sites, _targets(where, config), probes, config.get("base_model_name_or_path"), whole)
+
+
+def _check_extra(where: Path, extra: Mapping[str, Any]) -> None:
+    listed, probes = extra.get("sites", []), extra.get("base_probe", {})
+    sound = isinstance(listed, list) and isinstance(probes, dict)
+    if not sound or not all(isinstance(v, list) and all(type(x) in (int, float) for x in v) for v in probes.values()):
+        raise BrokenFile(
+            f"{where}: expected a list of sites and lists of numbers under base_probe; delete it or save anew"
+        )
 
 
 def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
