@@ -120,14 +120,21 @@ def truncated_svd(
     width = min(k + max(oversample, k), *matrix.shape)
     if min(matrix.shape) <= max(2 * width, 128):
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u[:, :k], s[:k], vh[:k].T
+        return _with_fixed_signs(u[:, :k], s[:k], vh[:k].T)
     # Random numbers come from the CPU so that every device sees the same start.
     probe = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype).to(matrix.device)
     q = torch.linalg.qr(matrix @ probe).Q
     for _ in range(iterations):
         q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ q).Q).Q
     u, s, vh = torch.linalg.svd(q.T @ matrix, full_matrices=False)
-    return (q @ u)[:, :k], s[:k], vh[:k].T
+    return _with_fixed_signs((q @ u)[:, :k], s[:k], vh[:k].T)
+
+
+def _with_fixed_signs(u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each v's largest entry made positive: an SVD leaves the signs open, and rounding would otherwise choose them."""
+    largest = v.gather(0, v.abs().argmax(0, keepdim=True))
+    sign = torch.where(largest < 0, -1.0, 1.0).to(v.dtype)
+    return u * sign, s, v * sign
 
 
 def smallest_svd(

@@ -178,3 +178,13 @@ def test_captured_is_the_share_of_the_energy():
     assert captured(s, float(matrix.square().sum())) == pytest.approx(1.0)
     assert captured(s[:1], float(matrix.square().sum())) == pytest.approx(float(s[0] ** 2 / (s**2).sum()))
     assert captured(s, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (300, 400)])  # the exact and the randomised path
+def test_the_signs_of_singular_vectors_do_not_depend_on_the_scale_of_the_matrix(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, -3, shape[1])
+    found = [truncated_svd(c * matrix, 8, torch.Generator().manual_seed(0)) for c in (1.0, 1e-3, 1e3, -1.0)]
+    for u, _, v in found[1:3]:
+        torch.testing.assert_close(u, found[0][0], rtol=0, atol=2e-3)
+        torch.testing.assert_close(v, found[0][2], rtol=0, atol=2e-3)
+    torch.testing.assert_close(found[3][0], -found[0][0], rtol=0, atol=2e-3)  # V keeps its sign, U takes −1
