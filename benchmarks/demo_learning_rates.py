@@ -19,7 +19,7 @@ from rich.console import Console
 from rankwise.train import demo, run
 
 RESULTS = Path(__file__).parent / "results" / "demo_learning_rates.json"
-GRID = {"LoRA": [1e-3, 2e-3, 4e-3, 8e-3], "LoRA-GA": [1.25e-4, 2.5e-4, 5e-4, 1e-3]}
+GRID = {"LoRA": [1e-3, 2e-3, 4e-3], "LoRA-GA": [3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4]}
 
 
 def held_out_loss(method: str, learning_rate: float, seed: int) -> float:
