@@ -58,7 +58,7 @@ def first_step() -> str:
     return (
         f"Cosine between the first step of the adapter and of full fine-tuning, over the {found['layers']} linear "
         f"layers of SmolLM2-135M, r = {found['rank']}; gradient of 8 batches of 4 × 128 tokens "
-        f"({found['machine']['threads']} threads):\n\n" + table(head, rows)
+        f"({found['machine']['threads']} thread):\n\n" + table(head, rows)
     )
 
 
@@ -105,7 +105,7 @@ def training_step() -> str:
     text = (
         "A training step (forward + backward) of SmolLM2-135M, batch 4 × 128, r = 8, all linear layers, over the "
         "frozen model's; median ratio (min–max), interleaved in one process, "
-        f"{found['machine']['threads']} threads:\n\n"
+        f"{found['machine']['threads']} thread, {found['clock']}:\n\n"
     )
     rest = [
         [name, f"{row['peft / rankwise']['ratio_of_medians']:.1f}× ({row['peft / rankwise']['min']:.1f}–"
