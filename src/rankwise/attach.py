@@ -269,7 +269,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     folded = [(path, slot.original) for path, slot in slots(owner).items() if slot.original is not None]
     for path, weight in merged + folded:
         layer: Any = owner.get_submodule(path)
-        layer.weight.data = weight
+        layer.weight.data = weight.to(layer.weight)  # the model may have moved or been cast since
     show_originals(owner)
     uninstall(model)
     return model

@@ -140,7 +140,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise MergeError("this model is not merged")
     for path, weight, slot in record.merged:
         layer: Any = owner.get_submodule(path)
-        layer.weight.data = weight
-        put_slot(layer, slot)
+        layer.weight.data = weight.to(layer.weight)  # the model may have moved or been cast since
+        put_slot(layer, slot.to(layer.weight.device))
     record.merged.clear()
     return model

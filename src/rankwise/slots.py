@@ -4,7 +4,7 @@ A layer keeps its class, its keys and its quantised kernel. What the library kno
 per adapted layer) and in one plain record on the module that ``attach`` was called with.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -53,6 +53,13 @@ class Slot(nn.Module):
             for name in self.active:
                 y = self.adapters[name].adapt(layer, x, y)  # type: ignore[operator]
         return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Slot":
+        """``model.to(...)`` takes the original along."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.original is not None:
+            self.original = fn(self.original)
+        return self
 
     def layers(self) -> dict[str, AdapterLayer]:
         """Name → adapter layer."""

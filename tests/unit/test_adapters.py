@@ -95,7 +95,7 @@ def test_detaching_one_leaves_nothing_on_layers_that_only_it_had():
     before = fingerprint(model[2])
     rw.attach(model, rw.LoRA(rank=2, target_modules=["2"]), name="outer")
     rw.detach(model, "outer")
-    assert fingerprint(model[2]).startswith(before[:0]) and not hasattr(model[2], "rankwise")
+    assert fingerprint(model[2]) == before
     assert not model[2]._forward_hooks
 
 

@@ -150,6 +150,32 @@ def test_only_the_active_adapter_is_merged():
     assert torch.equal(adapted[2].weight, plain[2].weight)
 
 
+@pytest.mark.parametrize("anchor", ["frozen", "fold"])
+@pytest.mark.parametrize("undo", [rw.unmerge, rw.detach])
+def test_what_is_put_aside_follows_a_model_that_is_cast_or_moved(undo, anchor: str):
+    """To another device likewise: the "meta" device stands for one."""
+    for target in (torch.device("meta"), torch.bfloat16):
+        plain = model()
+        adapted = rw.attach(copy.deepcopy(plain), rw.LoRA(rank=4, init="pissa", anchor=anchor))
+        perturb(adapted, 0.1)
+        rw.merge(adapted)
+        undo(adapted.to(target))
+        weight = plain[0].weight.to(target)
+        assert (adapted[0].weight.device, adapted[0].weight.dtype) == (weight.device, weight.dtype)
+        if target == torch.bfloat16 and undo is rw.detach:
+            assert torch.equal(adapted[0].weight, weight)
+        assert {t.device for t in [*adapted.parameters(), *adapted.buffers()]} == {weight.device}
+
+
+def test_a_folded_original_follows_the_model():
+    plain = model()
+    adapted = rw.attach(copy.deepcopy(plain), rw.LoRA(rank=4, init="pissa", anchor="fold")).bfloat16()
+    with rw.disabled(adapted):
+        assert torch.equal(adapted(X.bfloat16()), plain.bfloat16()(X.bfloat16()))
+    rw.detach(adapted)
+    assert torch.equal(adapted[0].weight, plain[0].weight)
+
+
 def test_a_merged_model_survives_copying_and_comes_back_from_it():
     plain = model()
     before = fingerprint(plain)
