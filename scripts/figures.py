@@ -67,7 +67,7 @@ def difference_form() -> str:
         cells = [f"{deltas[d][who]:.2%}" for d in deltas for who in ("rankwise", "peft")]
         rows.append([f"`{start}`", *cells])
     sizes = list(next(iter(found.values())))
-    head = ["start", *(f"{who}, {size}" for size in sizes for who in ("rankwise", "PEFT's storage"))]
+    head = ["start", *(f"{who}, {size.replace('|', '')}" for size in sizes for who in ("rankwise", "PEFT's storage"))]
     return "Relative error of ΔW·x in bf16 against fp64, 1024², r = 8:\n\n" + table(head, rows)
 
 
