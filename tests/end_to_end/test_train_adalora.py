@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 import rankwise as rw
 from rankwise.train import recipe as recipes
 from rankwise.train import run
+from rankwise.train.task import spec_of
 
 
 def test_a_run_meets_its_budget_and_resumes(tiny: Path, pairs_file: Path, tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_a_run_meets_its_budget_and_resumes(tiny: Path, pairs_file: Path, tmp_pa
         return run.train(recipes.parse(values | changes), Console(quiet=True))
 
     whole = train("whole")
-    sites = rw.plan(whole.prepared.model, run.spec_of(whole.prepared.recipe))
+    sites = rw.plan(whole.prepared.model, spec_of(whole.prepared.recipe))
     saved = load_file(whole.adapter / "adapter_model.safetensors")
     assert sum(t.shape[0] for key, t in saved.items() if "lora_A" in key) == 4 * len(sites)
     resumed = train("resumed", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))

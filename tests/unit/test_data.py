@@ -180,7 +180,9 @@ def test_a_chosen_form_must_fit(tmp_path: Path) -> None:
 
 
 def test_bad_sources_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"kjw: expected an existing .*built-in data set \(kjv\).*did you mean 'kjv'"):
+    with pytest.raises(
+        DataError, match=r"kjw: expected an existing .*built-in data set \(kjv, movie-reviews\).*did you mean 'kjv'"
+    ):
         load_records("kjw")
     (tmp_path / "x.csv").touch()
     with pytest.raises(DataError, match=r"expected a file that ends in \.jsonl or \.parquet, found '\.csv'"):
