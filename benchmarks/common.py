@@ -99,10 +99,11 @@ def interleaved(
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
-    """The ratio of medians, and the smallest and largest ratio within one round."""
+    """The ratio of medians and that of minima, and the smallest and largest ratio within one round."""
     each = [n / d for n, d in zip(numerator, denominator, strict=True)]
     return {
         "ratio_of_medians": round(statistics.median(numerator) / statistics.median(denominator), 4),
+        "ratio_of_minima": round(min(numerator) / min(denominator), 4),
         "min": round(min(each), 4),
         "max": round(max(each), 4),
     }

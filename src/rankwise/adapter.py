@@ -89,16 +89,23 @@ def shortest_targets(model: nn.Module, sites: list[str]) -> str | tuple[str, ...
 
     A whole name may be the end of another (``fc`` and ``layers.0.fc``): a regular expression then names each site.
     """
-    modules = {name for name, module in model.named_modules() if name}
+    names = [name for name, _ in model.named_modules() if name]
     chosen = set(sites)
     targets: set[str] = set()
+    by_last = {last: [n for n in names if n.rpartition(".")[2] == last] for last in {_last(site) for site in sites}}
     for site in sites:
-        last = site.rpartition(".")[2]
-        fitting = [end for end in (last, site) if chosen.issuperset(n for n in modules if f".{n}".endswith(f".{end}"))]
+        alike = by_last[_last(site)]
+        fitting = [
+            end for end in (_last(site), site) if chosen.issuperset(n for n in alike if f".{n}".endswith(f".{end}"))
+        ]
         if not fitting:
             return "|".join(re.escape(site) for site in sorted(sites))
         targets.add(fitting[0])
     return tuple(sorted(targets))
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def base_probes(model: nn.Module, sites: list[str]) -> dict[str, tuple[float, ...]]:

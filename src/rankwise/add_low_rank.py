@@ -62,13 +62,14 @@ def _mask(like: Tensor, dropout: float, seed: int) -> Tensor:
     generator = torch.Generator(like.device).manual_seed(seed)
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     lanes = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
-    return (lanes >= round(dropout * _LANE) - _LANE // 2).view(like.shape).to(like.dtype)
+    mask = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return torch.ge(lanes.view(like.shape), round(dropout * _LANE) - _LANE // 2, out=mask)  # no boolean in between
 
 
 def _down(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
     x = x.to(dtype)
     if dropout:
-        x = x * _mask(x, dropout, seed)
+        x = _mask(x, dropout, seed).mul_(x)
     return (as_rows(x) @ A.to(dtype).T).to(dtype)  # autocast may have made it narrower than y
 
 

@@ -1,7 +1,7 @@
 """attach: gradients → start pairs → slots, in one call; and its inverse, detach."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError, EvidenceError, SpecError, TargetError
-from rankwise.evidence import exact_gradients, input_covariances, input_directions, stored_weights
+from rankwise.evidence import input_covariances, input_directions, stored_weights
+from rankwise.evidence.exact import groups_within
+from rankwise.evidence.gradients import (
+    AUTO_BUDGET,
+    OVERSAMPLE,
+    choose_method,
+    exact_in_groups,
+    sketch_with_warning,
+)
 from rankwise.inits import Init, Kaiming, Loftq
 from rankwise.inits.base import EvidenceNeed
 from rankwise.layers import is_quantised, kind_of, parameter_owners
@@ -45,6 +53,8 @@ def attach(
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     evidence: Mapping[str, Any] | None = None,
+    method: str = "auto",
+    memory_budget: int | None = None,
     name: str = "default",
 ) -> nn.Module:
     """Put a new adapter on ``model``, active and trainable, with the base frozen. The model's function is unchanged.
@@ -56,6 +66,9 @@ def attach(
             ``.loss`` where gradients are needed), or anything that ``loss(model, batch)`` takes.
         evidence: what :func:`rankwise.gradients`, ``activations``, ``covariances`` or ``weights`` returned, instead
             of ``batches``.
+        method: how an init's gradients are collected, see :func:`rankwise.gradients`. With "exact", which the init may
+            insist on, layers are started in groups whose gradients take ``memory_budget`` bytes (2 GiB if None), with
+            a pass over the batches for each group; with "sketch" the factor has four times the rank.
         name: several named adapters may sit on one model; see :func:`activate`.
 
     Returns:
@@ -84,7 +97,7 @@ def attach(
     if spec.anchor == "fold":
         _check_foldable(owner, planned, found is not None)
     with switched_off(model) if found else nullcontext():
-        built = _adapters(owner, spec, planned, batches, loss, evidence)
+        built = _adapters(_Wanted(owner, spec, planned, batches, loss, method, memory_budget), evidence)
     install(model, name, spec, built, trainable=True, saved=dict.fromkeys(whole))
     if spec.anchor == "fold":
         _fold_starts(owner, built)
@@ -96,10 +109,18 @@ class _Wanted:
     """What a collector is asked for."""
 
     model: nn.Module
-    init: Init
+    spec: LoRA
     sites: Sequence[Site]
     batches: Iterable[Any] | None
     loss: Callable[[nn.Module, Any], Tensor] | None
+    method: str
+    memory_budget: int | None
+
+    @property
+    def init(self) -> Init:
+        """The initialisation that asks."""
+        assert isinstance(self.spec.init, Init)
+        return self.spec.init
 
     def layers(self) -> dict[str, nn.Module]:
         """Site name → layer."""
@@ -115,31 +136,45 @@ class _Wanted:
         return self.batches
 
 
-def _gradients(wanted: _Wanted) -> Mapping[str, Any]:
-    return exact_gradients(wanted.model, wanted.layers(), wanted.data(), wanted.loss)
+Seen = Mapping[str, Any]  # site name → what the init needs of it
 
 
-def _activations(wanted: _Wanted) -> Mapping[str, Any]:
+def _gradients(wanted: _Wanted) -> Iterator[Seen]:
+    layers, data = wanted.layers(), wanted.data()
+    if choose_method(wanted.method, layers, wanted.memory_budget, whole=wanted.init.needs_whole_gradient) == "sketch":
+        widths = {site.name: OVERSAMPLE * site.rank for site in wanted.sites}
+        yield sketch_with_warning(wanted.model, layers, data, widths, wanted.loss)
+    else:
+        groups = groups_within(layers, wanted.memory_budget or AUTO_BUDGET)
+        yield from exact_in_groups(wanted.model, groups, data, wanted.loss)
+
+
+def _activations(wanted: _Wanted) -> Iterator[Seen]:
     ranks = {site.name: wanted.init.evidence_rank(site) for site in wanted.sites}
-    return input_directions(wanted.model, wanted.layers(), wanted.data(), ranks, wanted.loss)
+    yield input_directions(wanted.model, wanted.layers(), wanted.data(), ranks, wanted.loss)
 
 
-def _covariance(wanted: _Wanted) -> Mapping[str, Any]:
-    return input_covariances(wanted.model, wanted.layers(), wanted.data(), wanted.loss)
+def _covariance(wanted: _Wanted) -> Iterator[Seen]:
+    yield input_covariances(wanted.model, wanted.layers(), wanted.data(), wanted.loss)
 
 
-def _weights(wanted: _Wanted) -> Mapping[str, Any]:
+def _weights(wanted: _Wanted) -> Iterator[Seen]:
     reference = wanted.init.reference if isinstance(wanted.init, Loftq) else None
     if reference is None:
         raise EvidenceError(
             f"init {type(wanted.init).__name__} starts from the full-precision weights: give its reference= a "
             f"safetensors file of them, or pass evidence=rankwise.weights(full_precision_model)"
         )
-    return stored_weights(reference, wanted.layers())
+    yield stored_weights(reference, wanted.layers())
 
 
-_COLLECTORS: dict[EvidenceNeed, Callable[[_Wanted], Mapping[str, Any]]] = {
-    "nothing": lambda wanted: {},
+def _nothing(wanted: _Wanted) -> Iterator[Seen]:
+    yield dict.fromkeys(site.name for site in wanted.sites)
+
+
+# Each yields the evidence of all sites, or of one group of sites after the other where all at once would be too large.
+_COLLECTORS: dict[EvidenceNeed, Callable[[_Wanted], Iterator[Seen]]] = {
+    "nothing": _nothing,
     "gradients": _gradients,
     "activations": _activations,
     "covariance": _covariance,
@@ -147,36 +182,31 @@ _COLLECTORS: dict[EvidenceNeed, Callable[[_Wanted], Mapping[str, Any]]] = {
 }
 
 
-def _evidence(wanted: _Wanted, evidence: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Site name → what the init needs; empty where it needs nothing."""
-    if evidence is None or wanted.init.needs == "nothing":
-        return _COLLECTORS[wanted.init.needs](wanted)
-    missing = [site.name for site in wanted.sites if site.name not in evidence]
+def _evidence(wanted: _Wanted, given: Seen | None) -> Iterator[Seen]:
+    """What was given for all sites, or what the init's collector finds."""
+    if given is None or wanted.init.needs == "nothing":
+        yield from _COLLECTORS[wanted.init.needs](wanted)
+        return
+    missing = [site.name for site in wanted.sites if site.name not in given]
     if missing:
         raise EvidenceError(f"evidence lacks {len(missing)} of {len(wanted.sites)} sites, the first is {missing[0]!r}")
-    return evidence
+    yield given
 
 
-def _with_ranks(init: Init, sites: Sequence[Site], seen: Mapping[str, Any]) -> list[Site]:
+def _with_ranks(init: Init, sites: Sequence[Site], seen: Seen) -> list[Site]:
     """The sites with the ranks that the init gives them now; one with rank 0 is left out. Scales stay as planned."""
     ranks = init.ranks(sites, seen)
     return [replace(site, rank=ranks[site.name]) for site in sites if ranks[site.name]]
 
 
-def _adapters(
-    model: nn.Module,
-    spec: LoRA,
-    planned: Sequence[Site],
-    batches: Iterable[Any] | None,
-    loss: Callable[[nn.Module, Any], Tensor] | None,
-    evidence: Mapping[str, Any] | None,
-) -> dict[str, FoldableLayer]:
+def _adapters(wanted: _Wanted, given: Seen | None) -> dict[str, FoldableLayer]:
     """Site name → adapter layer: the evidence is collected, ranks are settled, each site gets its start."""
-    init = spec.init
-    assert isinstance(init, Init)
-    seen = _evidence(_Wanted(model, init, planned, batches, loss), evidence)
-    sites = _with_ranks(init, planned, seen)
-    return {site.name: _build(model.get_submodule(site.name), site, spec, seen.get(site.name)) for site in sites}
+    built = {}
+    for seen in _evidence(wanted, given):
+        for site in _with_ranks(wanted.init, [site for site in wanted.sites if site.name in seen], seen):
+            layer = wanted.model.get_submodule(site.name)
+            built[site.name] = _build(layer, site, wanted.spec, seen[site.name])
+    return built
 
 
 def _bottlenecks(model: nn.Module, spec: Bottleneck) -> dict[str, BottleneckLayer]:

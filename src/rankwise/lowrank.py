@@ -40,6 +40,10 @@ class LowRank:
         """The transpose, [in, out]."""
         return LowRank(self.A.T, self.B.T, self.scale)
 
+    def rows(self, chosen: slice) -> "LowRank":
+        """The matrix's chosen rows, [n, in]."""
+        return LowRank(self.B[chosen], self.A, self.scale)
+
     def dense(self) -> Float[Tensor, "out in"]:
         """scale · B A."""
         return (self.B * self.scale) @ self.A

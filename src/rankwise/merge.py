@@ -1,7 +1,7 @@
 """merge: fold the active adapters into the base weights, in fp32, and say what survived rounding."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import MergeError
 from rankwise.layers import is_quantised, parameter_owners
+from rankwise.shapes import Float, Shaped
 from rankwise.slots import Slot, host, put_slot, remove_slot, slots, uninstall
 from rankwise.variants import FoldableLayer
 
@@ -110,23 +111,43 @@ def _check_unshared(model: nn.Module, active: Mapping[str, Slot]) -> None:
             )
 
 
+_CHUNK = 2**16  # numbers of a weight that are folded at a time: small enough for a core's own cache
+
+
 def _fold(layer: Any, slot: Slot) -> tuple[Tensor, SiteMerge]:
     """The folded weight in the layer's layout and dtype, and what rounding did to it."""
     adapters = slot.active_changes()
     kind = adapters[0].kind
     stored = layer.weight.data if slot.original is None else slot.original
-    base = kind.matrix(layer, stored)
-    base = base.to(torch.promote_types(base.dtype, torch.float32))
-    change = adapters[0].change(base)
-    for adapter in adapters[1:]:
-        change += adapter.change(base)
-    rounded = (base + change).to(stored.dtype)
-    size = float(change.norm())
-    if not math.isfinite(size):
+    folded = torch.empty_like(stored, memory_format=torch.contiguous_format)
+    before, after = kind.matrix(layer, stored), kind.matrix(layer, folded)
+    squares = torch.zeros(3, dtype=torch.float64)
+    step = max(_CHUNK // before.shape[1], 1)
+    for first in range(0, before.shape[0], step):
+        rows = slice(first, first + step)
+        squares += _fold_rows(before[rows], after[rows], adapters, rows)
+    change, lost, base = squares.sqrt().tolist()
+    if not math.isfinite(change):
         raise MergeError(f"{slot.site_name}: the adapter's change holds NaN or infinity; expected finite numbers")
-    lost = float(change.sub_(rounded).add_(base).norm())
-    report = SiteMerge(size, size / max(float(base.norm()), 1e-30), lost / size if size else 0.0)
-    return kind.stored(layer, rounded).contiguous(), report
+    return folded, SiteMerge(change, change / max(base, 1e-30), lost / change if change else 0.0)
+
+
+def _fold_rows(
+    before: Shaped[Tensor, "n in"], after: Shaped[Tensor, "n in"], adapters: Sequence[FoldableLayer], rows: slice
+) -> Float[Tensor, "3"]:
+    """Write some folded rows; returns ‖ΔW‖², ‖(W' − W₀) − ΔW‖² and ‖W₀‖² of them, on the CPU."""
+    base = before.to(torch.promote_types(before.dtype, torch.float32))
+    change = adapters[0].change(base, rows)
+    for adapter in adapters[1:]:
+        change += adapter.change(base, rows)
+    torch.add(base, change, out=after) if base.dtype == after.dtype else after.copy_(base + change)
+    size = _square(change)
+    return torch.stack([size, _square(change.sub_(after).add_(base)), _square(base)]).cpu()
+
+
+def _square(matrix: Float[Tensor, "n in"]) -> Tensor:
+    flat = matrix.flatten()
+    return torch.dot(flat, flat).double()
 
 
 def unmerge(model: nn.Module) -> nn.Module:

@@ -32,7 +32,9 @@ class Bilinear(nn.Module):
 
 
 def collect(batches: list[tuple[torch.Tensor, torch.Tensor]], **options: object) -> SketchedGradient:
+    """Here ``rank`` is the number of directions that are kept."""
     out, into = batches[0][1].shape[1], batches[0][0].shape[1]
+    options.setdefault("oversample", 1)
     found = rw.gradients(Bilinear(out, into), batches, ["layer"], "sketch", loss=lambda m, batch: m(*batch), **options)
     return found["layer"]
 
@@ -129,9 +131,10 @@ def test_products_of_an_increment_are_those_of_the_gradient() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "sketched"}, r"'exact' or 'sketch', found 'sketched'; did you mean 'sketch'\?"),
-        ({"method": "sketch", "rank": 0}, r"rank ≥ 1 and 1 or 2 passes, found rank=0"),
-        ({"method": "sketch", "passes": 3}, r"found rank=32, passes=3"),
+        ({"method": "sketched"}, r"one of auto, exact, sketch, found 'sketched'; did you mean 'sketch'\?"),
+        ({"method": "sketch", "rank": 0}, r"rank ≥ 1, oversample ≥ 1 and 1 or 2 passes, found rank=0"),
+        ({"method": "sketch", "oversample": 0}, r"found rank=8, oversample=0"),
+        ({"method": "sketch", "passes": 3}, r"found rank=8, oversample=4, passes=3"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, object], message: str) -> None:
@@ -139,6 +142,55 @@ def test_wrong_options_are_named(options: dict[str, object], message: str) -> No
         rw.gradients(nn.Sequential(nn.Linear(4, 4)), [], **options)
 
 
-def test_a_second_pass_needs_batches_that_can_be_gone_over_again() -> None:
-    with pytest.raises(rw.errors.EvidenceError, match=r"expected a list, found a generator"):
-        rw.gradients(nn.Sequential(nn.Linear(4, 4)), (b for b in ()), method="sketch", passes=2)
+def test_a_second_pass_goes_over_a_generators_batches_again() -> None:
+    batches = [decaying(50, 24, 30, seed) for seed in range(3)]
+    listed, generated = collect(batches, rank=8, passes=2), Bilinear(24, 30)
+    found = rw.gradients(
+        generated, iter(batches), ["layer"], "sketch", rank=2, passes=2, loss=lambda m, batch: m(*batch)
+    )["layer"]
+    torch.testing.assert_close(found.S, listed.S)
+
+
+def test_four_times_the_rank_is_kept() -> None:
+    sketch = collect([decaying(50, 96, 160, 0)], rank=3, oversample=4)
+    assert len(sketch.S) == 12
+
+
+def test_where_a_sketch_holds_little_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    noise = (torch.randn(400, 90), torch.randn(400, 80))  # a flat spectrum: no few directions hold much
+    collect([noise], rank=4)
+    assert "in 1 of 1 layers the sketch holds less than 50 % of the gradient's energy (least in layer" in caplog.text
+    caplog.clear()
+    collect([decaying(200, 80, 90, 0)], rank=40)
+    assert not caplog.text
+
+
+def test_padding_does_not_count() -> None:
+    x, grad_y = decaying(40, 24, 30, 0)
+    padded = torch.cat([x, torch.randn(9, 30)]), torch.cat([grad_y, torch.zeros(9, 24)])
+    plain, with_padding = collect([(x, grad_y)], rank=6), collect([padded], rank=6)
+    torch.testing.assert_close(with_padding.S, plain.S)
+    torch.testing.assert_close(with_padding.U, plain.U, rtol=1e-3, atol=1e-4)
+
+
+class Shared(nn.Module):
+    """One layer that runs twice in a forward, the way of ALBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 20)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.tanh(self.layer(x))).square().sum()
+
+
+@pytest.mark.parametrize("method", ["exact", "sketch"])
+def test_every_use_of_a_layer_that_runs_twice_counts(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(30, 20)
+    model(x).backward()
+    G = model.layer.weight.grad.clone()
+    found = rw.gradients(model, [x], ["layer"], method, rank=5, loss=lambda m, b: m(b))["layer"]
+    u, s, v = found.svd(20)
+    torch.testing.assert_close((u * s) @ v.T, G, rtol=1e-3, atol=1e-4 * float(G.abs().max()))

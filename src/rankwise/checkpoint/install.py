@@ -78,8 +78,9 @@ def load(
     _check_promised(owner, adapter, Path(directory) / TENSORS)
     variant = adapter.spec.variant
     assert isinstance(variant, Variant)
+    modules = dict(owner.named_modules())
     built = {
-        path: _restore(owner, path, site, variant, adapter.spec.dropout, directory)
+        path: _restore(modules, path, site, variant, adapter.spec.dropout, directory)
         for path, site in adapter.sites.items()
     }
     if not allow_other_base:
@@ -140,9 +141,14 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
 
 
 def _restore(
-    model: nn.Module, path: str, site: SiteAdapter, variant: Variant, dropout: float, directory: str | Path
+    modules: Mapping[str, nn.Module],
+    path: str,
+    site: SiteAdapter,
+    variant: Variant,
+    dropout: float,
+    directory: str | Path,
 ) -> FoldableLayer:
-    layer, kind = _layer(model, path, directory)
+    layer, kind = _layer(modules, path, directory)
     _check_fits(layer, kind, path, site, directory)
     extra = dict(site.extra)
     _check_base_copy(layer, path, extra.pop(BASE_COPY, None), directory)
@@ -168,8 +174,7 @@ def _check_base_copy(layer: Any, path: str, copy: Tensor | None, directory: str 
         )
 
 
-def _layer(model: nn.Module, path: str, directory: str | Path) -> tuple[Any, Kind]:
-    modules = dict(model.named_modules())
+def _layer(modules: Mapping[str, nn.Module], path: str, directory: str | Path) -> tuple[Any, Kind]:
     if path not in modules:
         raise BaseMismatch(
             f"{directory}: the adapter has tensors for {path!r}, which this model lacks{nearest(path, modules)}; "

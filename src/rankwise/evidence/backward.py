@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.passes import each_batch, hooked, layer_input, run_forward, undisturbed
@@ -53,17 +54,45 @@ def _capture(name: str, kind: Kind, observe: Observer) -> Any:
     """A forward hook that waits for the gradient of the layer's output."""
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = layer_input(args, kwargs).detach()
-        version = x._version
-        if not output.requires_grad:
-            output.requires_grad_()  # with everything frozen the graph starts here
-
-        def on_gradient(grad_y: Tensor) -> None:
-            if x._version != version:
-                raise EvidenceError(f"{name}: its input was changed in place after the layer ran; its gradient is lost")
+        def show(x: Tensor, grad_y: Tensor) -> None:
             observe(name, kind, layer, x, grad_y)
 
-        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
-        return output
+        start = torch.empty(0, requires_grad=True)  # with everything frozen the graph starts here
+        return _Watched.apply(output, layer_input(args, kwargs), start, name, show)  # type: ignore[no-any-return, no-untyped-call]
 
     return hook
+
+
+class _Watched(torch.autograd.Function):
+    """The identity on a layer's output, whose backward shows the layer's input and the gradient of its output.
+
+    The input is kept as autograd keeps tensors, so activation checkpointing frees it and brings it back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, start: Tensor, name: str, show: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
+        ctx.mark_dirty(output)  # it is not; but a view of it could not be written into by what follows
+        ctx.save_for_backward(x)
+        ctx.name, ctx.show = name, show
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_y,) = grad_outputs
+        ctx.show(_kept(ctx), grad_y)
+        return grad_y, None, None, None, None
+
+
+def _kept(ctx: Any) -> Tensor:
+    try:
+        (x,) = ctx.saved_tensors
+    except RuntimeError as error:  # autograd's own check
+        if "inplace operation" not in str(error):
+            raise
+        raise EvidenceError(
+            f"{ctx.name}: its input was changed in place after the layer ran; its gradient is lost"
+        ) from None
+    return x.detach()  # type: ignore[no-any-return]

@@ -1,15 +1,16 @@
 """Exact weight gradients: G = dYᵀX of each layer, summed over batches in fp32."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import NoGradient, NonFiniteGradient
+from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.backward import Loss, run_backward
-from rankwise.layers import Kind
+from rankwise.evidence.processes import failing_together, summed, total
+from rankwise.layers import Kind, kind_of
 from rankwise.lowrank import truncated_svd
 from rankwise.shapes import Float
 
@@ -34,24 +35,70 @@ class ExactGradient:
         return truncated_svd(self.matrix, k, torch.Generator().manual_seed(0))
 
 
+def gradient_bytes(layer: nn.Module) -> int:
+    """What one layer's G takes in fp32."""
+    out, into = _shape(layer)
+    return 4 * out * into
+
+
+def groups_within(layers: Mapping[str, nn.Module], budget: int | None) -> Iterator[dict[str, nn.Module]]:
+    """The layers in groups whose gradients take at most ``budget`` bytes, in the model's order; None: one group.
+
+    Raises:
+        EvidenceError: one layer alone takes more.
+    """
+    group: dict[str, nn.Module] = {}
+    used = 0
+    for name, layer in layers.items():
+        size = gradient_bytes(layer)
+        if budget is not None and size > budget:
+            raise EvidenceError(
+                f"{name}: its exact gradient alone takes {size} bytes, expected at most memory_budget={budget}; raise "
+                f"the budget, or use method='sketch'"
+            )
+        if budget is not None and used + size > budget:
+            yield group
+            group, used = {}, 0
+        group[name] = layer
+        used += size
+    if group:
+        yield group
+
+
 def exact_gradients(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], loss: Loss | None = None
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    device: torch.device | str | None = None,
 ) -> dict[str, ExactGradient]:
-    """:func:`gradients` for layers that are already chosen."""
+    """:func:`rankwise.gradients` for layers that are already chosen, all in one pass."""
     sums: dict[str, Tensor] = {}
 
     def observe(name: str, kind: Kind, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
-        grad = kind.gradient(layer, x, grad_y)
+        grad = kind.gradient(layer, x, grad_y).to(device)
         sums[name] = sums[name].add_(grad) if name in sums else grad
 
-    count = run_backward(model, layers, batches, loss, observe)
-    for name in layers:
-        _check_gradient(name, sums.get(name))
-    return {name: ExactGradient(sums[name] / count) for name in layers}
+    with failing_together():
+        count = run_backward(model, layers, batches, loss, observe)
+    count = total(count)
+    found = {}
+    for name, layer in layers.items():
+        G = summed(sums.pop(name) if name in sums else torch.zeros(_shape(layer), device=device))
+        _check_gradient(name, G)
+        found[name] = ExactGradient(G.div_(count))
+    return found
 
 
-def _check_gradient(name: str, grad: Tensor | None) -> None:
-    if grad is None or not bool(grad.any()):
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind.shape(layer)
+
+
+def _check_gradient(name: str, grad: Tensor) -> None:
+    if not bool(grad.any()):
         raise NoGradient(
             f"{name}: no gradient reached this layer (its output does not influence the loss, or its weight is used "
             f"past its forward); expected a non-zero gradient from every adapted layer: name it in exclude_modules, "

@@ -45,11 +45,15 @@ def run_forward(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) with all parameters frozen, so no ``.grad`` is written; everything is put back."""
+    """Evaluation mode (no dropout) with all parameters frozen, so no ``.grad`` is written; everything is put back.
+
+    transformers' modules checkpoint activations in training mode only: those that are told to are left in it.
+    """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval()
+        for module, training in modes:
+            module.training = training and bool(getattr(module, "gradient_checkpointing", False))
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield

@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.backward import Loss, run_backward
-from rankwise.layers import Increment, Kind
+from rankwise.evidence.passes import each_batch
+from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
+from rankwise.layers import Increment, Kind, kind_of
 from rankwise.lowrank import LowRank
 from rankwise.shapes import Float
 from rankwise.sites import site_generator
@@ -108,6 +111,18 @@ class _Running:
         turn, self.S = _gram_svd(Z, self.width)  # Z = V S Wᵀ with Z @ turn = V, so M ≈ P Zᵀ = (P W) S Vᵀ
         self.U, self.V = P @ (turn * self.S), Z @ turn
 
+    def join(self) -> None:
+        """Make it the factor of the sum over all processes: their factors side by side, compressed again."""
+        if process_count() == 1:
+            return
+        short = self.width - len(self.S)  # a process with few or no gradients holds fewer directions
+        images, V = F.pad(self.U * self.S, (0, short)), F.pad(self.V, (0, short))
+        joined = LowRank(torch.cat(gathered(images), 1), torch.cat(gathered(V), 1).T)
+        U, S, V = joined.svd()
+        kept = int((S[: self.width] > S[0] * 1e-6).sum())  # zero columns leave rounding behind
+        self.U, self.S, self.V = U[:, :kept], S[:kept], V[:, :kept]
+        self.probed = summed(self.probed)
+
     def result(self, count: int) -> SketchedGradient:
         """The factor of the mean over ``count`` batches."""
         residual = self.probed - (self.U * self.S) @ (self.V.T @ self.probe)
@@ -126,6 +141,10 @@ class _Fixed:
     def add(self, increment: Increment) -> None:
         self.right += increment.times(self.first.V)
         self.left += increment.transposed_times(self.first.U)
+
+    def join(self) -> None:
+        """Make them the products over all processes."""
+        self.right, self.left = summed(self.right), summed(self.left)
 
     def result(self, count: int) -> SketchedGradient:
         """G V (UᵀG V)⁺ (GᵀU)ᵀ / count, as U S Vᵀ."""
@@ -156,28 +175,22 @@ def sketched_gradients(
 
     Args:
         widths: site → k, the directions kept; four times the adapter's rank serves LoRA-GA.
-        passes: 2 goes over the same batches again (they must then be a list) for a closer factor.
+        passes: 2 goes over the same batches again for a closer factor.
 
     Raises:
         EvidenceError: see :func:`rankwise.gradients`.
     """
-    running: dict[str, _Running] = {}
+    again = batches if passes == 1 else list(each_batch(batches))
+    running: dict[str, Accumulator] = {}
 
-    def begin(name: str, kind: Kind, layer: nn.Module, device: torch.device) -> _Running:
+    def first(name: str, kind: Kind, layer: nn.Module, device: torch.device) -> Accumulator:
         return _Running(kind.shape(layer), widths[name], site_generator(0, name), device)
 
-    count = _one_pass(model, layers, batches, loss, running, begin)
-    found: Mapping[str, Accumulator] = running
+    count = _one_pass(model, layers, again, loss, running, first)
     for _ in range(passes - 1):
-        fixed = {name: _Fixed(first) for name, first in running.items()}
-        count = _one_pass(model, layers, batches, loss, fixed, begin)
-        found = fixed
-    missing = [name for name in layers if name not in running]
-    if missing:
-        raise NoGradient(
-            f"{missing[0]}: no gradient reached this layer; name it in exclude_modules, or check the labels"
-        )
-    return {name: found[name].result(count) for name in layers}
+        running = {name: _Fixed(found) for name, found in running.items() if isinstance(found, _Running)}
+        count = _one_pass(model, layers, again, loss, running, first)
+    return {name: running[name].result(count) for name in layers}
 
 
 def _one_pass(
@@ -185,16 +198,32 @@ def _one_pass(
     layers: Mapping[str, nn.Module],
     batches: Iterable[Any],
     loss: Loss | None,
-    accumulators: dict[str, Any],
-    begin: Callable[[str, Kind, nn.Module, torch.device], Any],
+    running: dict[str, Accumulator],
+    begin: Callable[[str, Kind, nn.Module, torch.device], Accumulator],
 ) -> int:
+    """One pass of all processes over their batches, into ``running``; returns the number of batches.
+
+    Raises:
+        NoGradient: a layer got none, in any process.
+    """
+
     def observe(name: str, kind: Kind, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
         if not bool(torch.isfinite(grad_y).all()):
             raise NonFiniteGradient(f"{name}: the gradient of its output holds NaN or infinity; look at the batches")
         if not bool(grad_y.any()):
             return
-        if name not in accumulators:
-            accumulators[name] = begin(name, kind, layer, grad_y.device)
-        accumulators[name].add(kind.increment(layer, x, grad_y))
+        if name not in running:
+            running[name] = begin(name, kind, layer, grad_y.device)
+        running[name].add(kind.increment(layer, x, grad_y))
 
-    return run_backward(model, layers, batches, loss, observe)
+    with failing_together():
+        count = run_backward(model, layers, batches, loss, observe)
+    for name, layer in layers.items():
+        if not total(int(name in running)):
+            raise NoGradient(f"{name}: no gradient reached this layer; name it in exclude_modules, or check the labels")
+        if name not in running:  # other processes have seen it
+            kind = kind_of(layer)
+            assert kind is not None
+            running[name] = begin(name, kind, layer, torch.device("cpu"))
+        running[name].join()
+    return total(count)

@@ -105,6 +105,11 @@ class Init(ABC):
             generator: derived from (seed, site name), so the result depends on nothing else.
         """
 
+    @property
+    def needs_whole_gradient(self) -> bool:
+        """Whether gradient evidence must be G itself; a sketch of its leading directions will not do then."""
+        return False
+
     def evidence_rank(self, site: Site) -> int:
         """How many directions of the evidence this start wants to choose from at a site."""
         return site.rank

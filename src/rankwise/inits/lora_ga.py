@@ -83,6 +83,11 @@ class LoraGA(Init):
         if not (math.isfinite(self.gamma) and self.gamma > 0):
             raise SpecError(f"init 'lora-ga': gamma must be a positive number, found {self.gamma!r}")
 
+    @property
+    def needs_whole_gradient(self) -> bool:
+        """The sign of a sketch is not a sketch of the sign."""
+        return self.align != "sgd"
+
     def largest_rank(self, shape: tuple[int, int]) -> int:
         """min(out, in) // 2: A and B take r directions each."""
         return min(shape) // 2
@@ -137,7 +142,7 @@ def _sign_directions(G: Tensor, site: Site, split: Split) -> tuple[Tensor, Tenso
 
 
 def _exact(evidence: GradientEvidence, site: Site) -> Tensor:
-    """G itself: the sign of a sketch is not a sketch of the sign."""
+    """G itself."""
     if not isinstance(evidence, ExactEvidence):
         raise EvidenceError(
             f"{site.name}: align='sign' and align='adam' need the exact gradient, found a "

@@ -25,8 +25,8 @@ def movie_review_records(*, held_out: bool) -> list[dict[str, str]]:
 def is_held_out(text: str) -> bool:
     """Whether a sentence is kept back: one in eight.
 
-    >>> [is_held_out(text) for text in ("a fine film .", "a dull film .", "a film .")]
-    [False, False, False]
+    >>> [is_held_out(text) for text in ("a fine film .", "a dull film .", "a good film .")]
+    [True, False, False]
     """
     return hashlib.sha256(text.encode()).digest()[0] < 32
 

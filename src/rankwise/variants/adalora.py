@@ -17,7 +17,7 @@ from rankwise.layers import Kind
 from rankwise.lowrank import LowRank
 from rankwise.shapes import Bool, Float
 from rankwise.sites import Site, Start
-from rankwise.variants.base import PairLayer, Variant
+from rankwise.variants.base import ALL, PairLayer, Variant
 
 FACTORS = ("lora_A", "lora_B", "lora_E")
 
@@ -93,8 +93,8 @@ class AdaLoraLayer(PairLayer):
     def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self.kind.add(layer, x, y, self.lora_A, self.scaled_B(), self.scale, self.active_dropout)
 
-    def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        return self.delta().dense().to(weight.dtype)
+    def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
+        return self.delta().rows(rows).dense().to(weight.dtype)
 
 
 @dataclass(frozen=True)

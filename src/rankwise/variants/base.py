@@ -12,6 +12,8 @@ from rankwise.lowrank import LowRank
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 
+ALL = slice(None)
+
 
 class AdapterLayer(nn.Module, ABC):
     """One adapter at one site: ``adapt`` puts it on the frozen layer's output."""
@@ -53,8 +55,12 @@ class FoldableLayer(AdapterLayer):
         """The low-rank change s(BA − B₀A₀); what else the variant does to the weight is in :meth:`change`."""
 
     @abstractmethod
-    def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """What the adapter adds to the weight W₀, dense, in W₀'s dtype."""
+    def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
+        """What the adapter adds to the weight W₀, dense, in W₀'s dtype.
+
+        Args:
+            weight: W₀, or those of its rows that ``rows`` names: no change of one row looks at another.
+        """
 
     def fold(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The weight that alone does what layer and adapter do together; a new tensor."""

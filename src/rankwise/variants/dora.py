@@ -26,7 +26,7 @@ from rankwise.layers import Kind
 from rankwise.lowrank import LowRank
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
-from rankwise.variants.base import Variant
+from rankwise.variants.base import ALL, Variant
 from rankwise.variants.lora import LoraLayer
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -82,11 +82,11 @@ class DoraLayer(LoraLayer):
             super().adapt(layer, x, y), d, self.kind.bias(layer), self.kind.output_axis, invertible=self.invertible
         )
 
-    def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
         """W' − W, from the dense norm: the definition that the factored one is tested against."""
-        turned = weight + super().change(weight)
+        turned = weight + super().change(weight, rows)
         norm = row_norms(turned.detach())
-        d = torch.where(norm > 0, (self.magnitude - norm) / norm, 0.0).to(weight.dtype)
+        d = torch.where(norm > 0, (self.magnitude[rows] - norm) / norm, 0.0).to(weight.dtype)
         return turned - weight + d[:, None] * turned
 
     def extra_tensors(self) -> dict[str, Tensor]:

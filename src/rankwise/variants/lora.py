@@ -9,7 +9,7 @@ from rankwise.layers import Kind
 from rankwise.lowrank import LowRank, difference
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
-from rankwise.variants.base import PairLayer, Variant
+from rankwise.variants.base import ALL, PairLayer, Variant
 
 
 class LoraLayer(PairLayer):
@@ -28,8 +28,8 @@ class LoraLayer(PairLayer):
         term = self.running()
         return self.kind.add(layer, x, y, term.A, term.B, term.scale, self.active_dropout)
 
-    def change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        return self.delta().dense().to(weight.dtype)
+    def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
+        return self.delta().rows(rows).dense().to(weight.dtype)
 
 
 class FoldedLoraLayer(LoraLayer):

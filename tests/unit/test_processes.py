@@ -1,0 +1,192 @@
+"""Gradients and starts with two processes: those of one process on the union of the batches."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rankwise as rw
+
+RANK = 2
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).double()
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    """Few tokens, so that every gradient has a rank below what a sketch holds and both are exact."""
+    rows = torch.randint(64, (4, 1, 5), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+def one_share(rank: int) -> list[dict[str, torch.Tensor]]:
+    """This process's batches: not as many as the other's."""
+    return batches()[:1] if rank == 0 else batches()[1:]
+
+
+def run(rank: int, check: Callable[[int], None], meeting: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    try:
+        check(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def together(check: Callable[[int], None], folder: Path) -> None:
+    mp.spawn(run, (check, str(folder / "meeting")), nprocs=2)
+
+
+def dense(evidence: rw.evidence.ExactGradient | rw.evidence.SketchedGradient) -> torch.Tensor:
+    if isinstance(evidence, rw.evidence.ExactGradient):
+        return evidence.matrix
+    return (evidence.U * evidence.S) @ evidence.V.T
+
+
+def expected() -> dict[str, torch.Tensor]:
+    return {name: evidence.matrix for name, evidence in rw.gradients(llama(), batches()).items()}
+
+
+def check_same_gradients(rank: int) -> None:
+    truth = expected()
+    options = [("exact", {}), ("sketch", {"rank": 10}), ("sketch", {"rank": 10, "passes": 2})]
+    for method, more in options:
+        found = rw.gradients(llama(), one_share(rank), method=method, **more)
+        for name, G in truth.items():
+            gap = (dense(found[name]) - G).norm() / G.norm()
+            assert gap < 1e-5, (method, more, name, float(gap))
+
+
+def check_same_start(rank: int) -> None:
+    spec = rw.LoRA(rank=RANK, init="lora-ga")
+    alone = llama()
+    truth = expected()
+    evidence = {name: rw.evidence.ExactGradient(G) for name, G in truth.items()}
+    starts = {pair.name: pair for pair in rw.pairs(rw.attach(alone, spec, evidence=evidence))}
+    sketch = rw.gradients(llama(), one_share(rank), method="sketch", rank=10)
+    for method, source in (("exact", {"batches": one_share(rank)}), ("sketch", {"evidence": sketch})):
+        model = rw.attach(llama(), spec, **source)
+        for pair in rw.pairs(model):
+            truths = starts[pair.name]
+            values = torch.linalg.svdvals(truth[pair.name])
+            assert values[RANK - 1] > 1.01 * values[RANK], "no gap, no telling the subspaces apart"
+            for ours, theirs in ((pair.A, truths.A), (pair.B.T, truths.B.T)):
+                q, p = torch.linalg.qr(ours.detach().T).Q, torch.linalg.qr(theirs.detach().T).Q
+                assert float((q - p @ (p.T @ q)).norm()) < 1e-3, (method, pair.name)  # sine of the largest angle
+
+
+def check_failing_together(rank: int) -> None:
+    share = one_share(rank)
+    if rank == 1:
+        share[0]["labels"] = torch.full_like(share[0]["labels"], -100)  # the mean over no token is NaN
+    expected = "^batch 0: the loss is nan" if rank else "^process 1: batch 0: the loss is nan"
+    with pytest.raises(rw.RankwiseError, match=expected):
+        rw.gradients(llama(), share)
+
+
+class TwoWays(nn.Module):
+    """A mixture of two experts, each of which only one process's data reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(6, 4), nn.Linear(6, 4)])
+
+    def forward(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        return self.experts[which](x).square().sum()
+
+
+def check_layer_that_one_process_never_reaches(rank: int) -> None:
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    for method in ("exact", "sketch"):
+        found = rw.gradients(TwoWays(), [x], ["0", "1"], method, loss=lambda m, b: m(b, rank))
+        model = TwoWays()
+        (model(x, 0) + model(x, 1)).backward()
+        for number in (0, 1):
+            G = found[f"experts.{number}"]
+            u, s, v = G.svd(4)
+            torch.testing.assert_close((u * s) @ v.T, model.experts[number].weight.grad / 2)
+
+
+def check_data_parallel_training(rank: int) -> None:
+    """Every process starts alike and stays alike."""
+    model = rw.attach(llama(), rw.LoRA(rank=RANK, init="lora-ga"), batches=one_share(rank))
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(rw.trainable_parameters(model), lr=0.1)
+    for batch in batches()[rank : rank + 2]:
+        optimizer.zero_grad()
+        wrapped(**batch).loss.backward()
+        optimizer.step()
+    mine = torch.cat([p.detach().flatten() for p in rw.trainable_parameters(model)])
+    everyones = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(everyones, mine)
+    assert torch.equal(*everyones) and float(mine.norm()) > 0
+
+
+def sharded(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def check_gradients_of_a_sharded_model(rank: int) -> None:
+    truth = expected()
+    for method, more in (("exact", {}), ("sketch", {"rank": 10})):
+        found = rw.gradients(sharded(llama()), one_share(1), method=method, **more)
+        whole = rw.gradients(llama(), one_share(1), method=method, **more)
+        for name in truth:
+            torch.testing.assert_close(dense(found[name]), dense(whole[name]), rtol=1e-4, atol=1e-9)
+
+
+def check_sharded_training(rank: int) -> None:
+    """Adapter and base sharded: the losses of one process that sees both processes' batches."""
+    spec = rw.LoRA(rank=RANK, init="lora-ga")
+    evidence = {name: rw.evidence.ExactGradient(G) for name, G in expected().items()}
+    alone, shared = (rw.attach(llama(), spec, evidence=evidence) for _ in range(2))
+    sharded(shared)
+    losses: dict[str, list[float]] = {"alone": [], "sharded": []}
+    one, two = batches()[:2]
+    for name, model, data in (("alone", alone, [one, two]), ("sharded", shared, [(one, two)[rank]])):
+        optimizer = torch.optim.AdamW(rw.trainable_parameters(model), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = sum(model(**batch).loss for batch in data) / len(data)
+            loss.backward()
+            optimizer.step()
+            mean = loss.detach().clone()
+            if name == "sharded":
+                dist.all_reduce(mean)
+                mean /= 2
+            losses[name].append(float(mean))
+    assert losses["alone"][-1] < losses["alone"][0]
+    torch.testing.assert_close(torch.tensor(losses["sharded"]), torch.tensor(losses["alone"]), rtol=1e-5, atol=1e-7)
+
+
+CHECKS = [
+    check_same_gradients,
+    check_same_start,
+    check_failing_together,
+    check_layer_that_one_process_never_reaches,
+    check_data_parallel_training,
+    check_gradients_of_a_sharded_model,
+    check_sharded_training,
+]
+
+
+def every_check(rank: int) -> None:
+    for check in CHECKS:
+        check(rank)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    together(every_check, tmp_path)
