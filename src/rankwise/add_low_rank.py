@@ -33,6 +33,8 @@ def add_low_rank(
         return y + scale * F.linear(h, B.to(y.dtype))
     if not torch.is_grad_enabled():
         return _add(y, _down(x, A, y.dtype, dropout, _draw_seed(dropout)), B, _gain(scale, dropout))
+    if y._is_view():  # such as bitsandbytes' int8 layers return: autograd lets nobody write into it
+        y = y.clone()
     return _AddLowRank.apply(y, x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -21,7 +21,7 @@ from rankwise.evidence.gradients import (
 )
 from rankwise.inits import Init, Kaiming, Loftq
 from rankwise.inits.base import EvidenceNeed
-from rankwise.layers import is_quantised, kind_of, parameter_owners
+from rankwise.layers import forbid_repacking, is_quantised, kind_of, parameter_owners
 from rankwise.plan import modules_saved_whole, plan, target_layers
 from rankwise.saved import check_copyable, drop_copies, show_originals
 from rankwise.shapes import Float
@@ -86,6 +86,7 @@ def attach(
     88
     """
     check_new_name(model, name)
+    forbid_repacking(model)
     found = find_record(model)
     owner = found[0] if found else model
     if isinstance(spec, Bottleneck):

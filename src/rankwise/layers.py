@@ -6,6 +6,7 @@ flattened to [out, in·kh·kw]. ``lora_A`` is [r, in] and ``lora_B`` [out, r] fo
 
 import importlib
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.add_low_rank import add_low_rank, as_rows
-from rankwise.errors import EvidenceError
+from rankwise.errors import AttachError, EvidenceError
 from rankwise.shapes import Float, Shaped
 
 
@@ -320,6 +321,43 @@ def dequantised(layer: Any) -> Tensor:
     if backend == "bitsandbytes":
         functional = importlib.import_module("bitsandbytes.functional")
         if type(weight).__name__ == "Params4bit":
-            return functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
-        return functional.int8_vectorwise_dequant(weight.CB, weight.SCB)  # type: ignore[no-any-return]
+            return functional.dequantize_4bit(*_four_bit(weight, functional))  # type: ignore[no-any-return]
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB  # the first forward moves them
+        return functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
     return weight.detach().dequantize()  # type: ignore[no-any-return]
+
+
+def _four_bit(weight: Any, functional: Any) -> tuple[Tensor, Any]:
+    """A 4-bit weight's data and state, as they were before :func:`_is_repacked`."""
+    if not _is_repacked(weight):
+        return weight.data, weight.quant_state
+    data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, copy(weight.quant_state))
+    if not state.nested:  # which it leaves transposed
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return data, state
+
+
+def _is_repacked(weight: Any) -> bool:
+    return bool(vars(weight.quant_state).get("packing_format_for_cpu"))
+
+
+def forbid_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit weights in the form that gradients pass through.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 rewrites them for inference at the first forward in evaluation mode: the
+    scales are rounded to bf16, and no gradient reaches what lies below from then on.
+
+    Raises:
+        AttachError: that has happened already.
+    """
+    for path, module in model.named_modules():
+        if ("bitsandbytes.nn.modules", "Linear4bit") not in {(c.__module__, c.__name__) for c in type(module).__mro__}:
+            continue
+        layer: Any = module
+        layer.support_avx512bf16_for_cpu = False
+        if _is_repacked(layer.weight):
+            raise AttachError(
+                f"{path}: bitsandbytes has rewritten this 4-bit weight for inference on this CPU, and no gradient "
+                f"passes it any more; load the base again, and attach or collect gradients before a forward in "
+                f"evaluation mode"
+            )

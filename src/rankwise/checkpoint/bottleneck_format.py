@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapter import base_probes
-from rankwise.checkpoint.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.checkpoint.peft_format import CONFIG, TENSORS
 from rankwise.errors import BaseMismatch, BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, UnexpectedTensor
+from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.layers import kind_of
 from rankwise.registry import nearest
 from rankwise.sites import Site

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from rankwise.adapter import Adapter, SiteAdapter, extract, probe
 from rankwise.checkpoint.bottleneck_format import PEFT_TYPE, read_bottlenecks, write_bottlenecks
-from rankwise.checkpoint.files import read_json
 from rankwise.checkpoint.peft_format import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
 from rankwise.errors import BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
-from rankwise.layers import Kind, dequantised, is_quantised, kind_of
+from rankwise.files import read_json
+from rankwise.layers import Kind, dequantised, forbid_repacking, is_quantised, kind_of
 from rankwise.lowrank import LowRank
 from rankwise.plan import modules_saved_whole, under
 from rankwise.registry import nearest
@@ -66,6 +66,8 @@ def load(
         AttachError: the name is taken or malformed, or the model is merged.
     """
     check_new_name(model, name)
+    if trainable:
+        forbid_repacking(model)
     found = find_record(model)
     owner = found[0] if found else model
     if read_json(Path(directory) / CONFIG).get("peft_type") == PEFT_TYPE:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rankwise.adapter import Adapter, SiteAdapter
 from rankwise.checkpoint import adalora_format
-from rankwise.checkpoint.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.errors import (
     BrokenFile,
     MissingTensor,
@@ -26,6 +25,7 @@ from rankwise.errors import (
     UnexpectedTensor,
     UnsupportedAdapter,
 )
+from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.lowrank import LowRank
 from rankwise.plan import pattern_value, under
 from rankwise.scaling import SCALINGS

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rankwise.checkpoint.files import read_tensors, write_tensors
 from rankwise.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
+from rankwise.files import read_tensors, write_tensors
 from rankwise.saved import copied_values
 from rankwise.slots import adapter_layers, adapter_name
 

@@ -57,7 +57,8 @@ def main(
 ) -> None:
     """LoRA fine-tuning that keeps step with full fine-tuning."""
     # Where it is installed, importing it says which of its kernels this machine lacks; nothing here asked for them.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @app.command()
@@ -75,13 +76,40 @@ def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
 
 @app.command()
 @recipe_flags
-def plan(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+def plan(
+    recipe: RecipeFile = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Say, from gradients of the data, what each rank captures of a step.")
+    ] = False,
+    parameters: Annotated[
+        int | None, typer.Option(help="With --advise: trained parameters to share out; default: as planned.")
+    ] = None,
+    *,
+    overrides: dict[str, Any],
+) -> None:
     """Show which layers a recipe adapts, and with how many parameters. Trains nothing."""
     wanted = recipes.load(recipe, overrides)
     from rankwise.train import run
 
     console = Console()
-    run.show_plan(run.load(wanted, console), console)
+    loaded = run.load(wanted, console)
+    run.show_plan(loaded, console)
+    if advise:
+        run.advise(loaded, parameters, console)
+
+
+@app.command()
+@recipe_flags
+def init(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+    """Compute a recipe's start alone and save the untrained adapter."""
+    wanted = recipes.load(recipe, overrides)
+    from rankwise.train import run
+
+    console = Console()
+    loaded = run.load(wanted, console)
+    run.show_plan(loaded, console)
+    adapter = run.save_adapter(run.prepare(loaded, console))
+    console.print(f"The untrained adapter is in {adapter}", highlight=False)
 
 
 @app.command()

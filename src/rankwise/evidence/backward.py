@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.passes import each_batch, hooked, layer_input, run_forward, undisturbed
-from rankwise.layers import Kind
+from rankwise.layers import Kind, forbid_repacking
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Observer = Callable[[str, Kind, nn.Module, Tensor, Tensor], None]
@@ -26,6 +26,7 @@ def run_backward(
     Raises:
         EvidenceError: no batches, a batch without a loss. NonFiniteGradient: a loss that is not finite.
     """
+    forbid_repacking(model)
     loss_of = loss or _loss_of_output
     count = 0
     with undisturbed(model), hooked(layers, lambda name, kind: _capture(name, kind, observe)), torch.enable_grad():
@@ -58,6 +59,8 @@ def _capture(name: str, kind: Kind, observe: Observer) -> Any:
             observe(name, kind, layer, x, grad_y)
 
         start = torch.empty(0, requires_grad=True)  # with everything frozen the graph starts here
+        if output._is_view():  # such as bitsandbytes' int8 layers return: autograd lets nobody mark it
+            output = output.clone()
         return _Watched.apply(output, layer_input(args, kwargs), start, name, show)  # type: ignore[no-any-return, no-untyped-call]
 
     return hook

@@ -1,7 +1,8 @@
 """``rw.gradients``: the weight gradients of chosen layers as evidence, exact or sketched."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from rankwise.errors import EvidenceError
 from rankwise.evidence.backward import Loss
+from rankwise.evidence.cache import Gradients, cached, fingerprint
 from rankwise.evidence.exact import ExactGradient, exact_gradients, gradient_bytes, groups_within
 from rankwise.evidence.passes import each_batch
 from rankwise.evidence.sketch import SketchedGradient, sketched_gradients
@@ -34,8 +36,9 @@ def gradients(
     passes: int = 1,
     memory_budget: int | None = None,
     device: torch.device | str | None = None,
+    cache: str | Path | None = None,
     loss: Loss | None = None,
-) -> Mapping[str, ExactGradient] | Mapping[str, SketchedGradient]:
+) -> Gradients:
     """The weight gradients of the chosen layers, averaged over the batches.
 
     Under ``torch.distributed`` every process calls this with batches of its own and gets the mean over all.
@@ -50,6 +53,7 @@ def gradients(
         passes: 2 lets a sketch go over the same batches again, for a closer factor.
         memory_budget: bytes that exact gradients may take at a time on the model's device. More than one group of
             layers then takes a pass over the batches each, and its gradients move to the CPU. "auto": 2 GiB if None.
+        cache: a file that keeps what was collected; a later call with the same weights, batches and settings reads it.
         device: where exact gradients are added up; None: where they arise. "cpu" spares an accelerator.
 
     Returns:
@@ -57,7 +61,8 @@ def gradients(
 
     Raises:
         EvidenceError: an unknown method, no batches, a batch that the model cannot take, a layer that alone exceeds the
-            budget. NoGradient: a layer got no gradient. NonFiniteGradient: NaN or infinity in the loss or a gradient.
+            budget, a cache that was collected with other weights, batches or settings. NoGradient: a layer got no
+            gradient. NonFiniteGradient: NaN or infinity in the loss or a gradient. BrokenFile: the cache is no cache.
         The model is left exactly as it was.
     """
     if rank < 1 or oversample < 1 or passes not in (1, 2):
@@ -68,7 +73,32 @@ def gradients(
     chosen = choose_method(method, layers, memory_budget)
     if chosen == "sketch":
         widths = dict.fromkeys(layers, oversample * rank)
-        return sketch_with_warning(model, layers, batches, widths, loss, passes=passes)
+        settings: dict[str, Any] = {"method": chosen, "directions": oversample * rank, "passes": passes}
+
+        def collect(batches: Iterable[Any]) -> Gradients:
+            return sketch_with_warning(model, layers, batches, widths, loss, passes=passes)
+
+    else:
+        settings = {"method": chosen}
+
+        def collect(batches: Iterable[Any]) -> Gradients:
+            return _exact(model, layers, batches, loss, memory_budget, device)
+
+    if cache is None:
+        return collect(batches)
+    listed = batches if isinstance(batches, Sequence) else list(each_batch(batches))
+    settings |= {"layers": list(layers), "loss": getattr(loss, "__qualname__", str(type(loss)))}
+    return cached(Path(cache), fingerprint(model, listed, settings), lambda: collect(listed))
+
+
+def _exact(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    loss: Loss | None,
+    memory_budget: int | None,
+    device: torch.device | str | None,
+) -> dict[str, ExactGradient]:
     found: dict[str, ExactGradient] = {}
     groups = list(groups_within(layers, memory_budget))
     home = torch.device("cpu") if len(groups) > 1 else device
@@ -120,7 +150,7 @@ def exact_in_groups(
 ) -> Iterator[dict[str, ExactGradient]]:
     """The exact gradients of one group of layers after the other, each from a pass over the same batches."""
     groups = list(groups)
-    again = batches if len(groups) == 1 else list(each_batch(batches))
+    again = batches if len(groups) == 1 or isinstance(batches, Sequence) else list(each_batch(batches))
     for group in groups:
         yield exact_gradients(model, group, again, loss, device=device)
 

@@ -18,6 +18,20 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_number() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def everyones(value: str | None) -> list[str | None]:
+    """Every process's text."""
+    values = [value]
+    if process_count() > 1:
+        values = [None] * process_count()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def summed(tensor: Tensor) -> Tensor:
     """The sum over processes, on the tensor's own device."""
     if process_count() == 1:
@@ -54,10 +68,7 @@ def failing_together() -> Iterator[None]:
         yield
     except RankwiseError as found:
         error = found
-    messages: list[str | None] = [None if error is None else str(error)]
-    if process_count() > 1:
-        messages = [None] * process_count()
-        dist.all_gather_object(messages, None if error is None else str(error))
+    messages = everyones(None if error is None else str(error))
     if error is not None:
         raise error
     for number, message in enumerate(messages):

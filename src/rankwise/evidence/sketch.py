@@ -10,7 +10,7 @@ where M Q = U S (VᵀQ) + dYᵀ(XQ) and likewise MᵀP. A second pass over the s
 G V and GᵀU exactly, and from them the two-sided (generalised Nyström) approximation G V (UᵀG V)⁺ (GᵀU)ᵀ.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +180,7 @@ def sketched_gradients(
     Raises:
         EvidenceError: see :func:`rankwise.gradients`.
     """
-    again = batches if passes == 1 else list(each_batch(batches))
+    again = batches if passes == 1 or isinstance(batches, Sequence) else list(each_batch(batches))
     running: dict[str, Accumulator] = {}
 
     def first(name: str, kind: Kind, layer: nn.Module, device: torch.device) -> Accumulator:

@@ -26,7 +26,7 @@ class CausalLM(Task):
     loss_unit = "nats per token"
 
     def load(self, recipe: Recipe) -> Loaded:
-        model, tokenizer = load_pretrained(recipe.model, dtype=recipe.dtype)
+        model, tokenizer = load_pretrained(recipe.model, dtype=recipe.dtype, quantization=recipe.quantization)
         spec = spec_of(recipe)
         return Loaded(recipe, model, tokenizer, spec, rw.plan(model, spec))
 

@@ -34,7 +34,11 @@ class Classification(Task):
         name, records = load_records(recipe.data, data_format=recipe.data_format)
         _check_form(name)
         model, tokenizer, head = load_classifier(
-            recipe.model, _label_names(records, recipe.data), dtype=recipe.dtype, seed=recipe.seed
+            recipe.model,
+            _label_names(records, recipe.data),
+            dtype=recipe.dtype,
+            quantization=recipe.quantization,
+            seed=recipe.seed,
         )
         whole = list(dict.fromkeys([*recipe.modules_to_save, *head]))
         spec = spec_of(recipe.model_copy(update={"modules_to_save": whole}))

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,8 +37,26 @@ TASKS: dict[str, Any] = {
 }
 
 
+QUANTIZATIONS: dict[str, Callable[[], BitsAndBytesConfig | None]] = {
+    "none": lambda: None,
+    "nf4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_compute_dtype()
+    ),
+    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+def _compute_dtype() -> torch.dtype:
+    """What 4-bit weights are multiplied in: bf16 where an accelerator is fast at it."""
+    return torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+
+
 def load_pretrained(
-    name_or_path: str | Path, *, dtype: str | torch.dtype = "auto", task: str = "causal-lm"
+    name_or_path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    task: str = "causal-lm",
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
@@ -46,6 +65,7 @@ def load_pretrained(
             `HF_HUB_OFFLINE=1`).
         dtype: `"auto"` keeps the stored precision; else `"float32"`, `"bfloat16"`, `torch.float16` ...
         task: a name from `TASKS`.
+        quantization: a name from `QUANTIZATIONS`.
 
     Only safetensors are read, never pickle files, and no code that comes with a model is run.
 
@@ -54,11 +74,16 @@ def load_pretrained(
     """
     if task not in TASKS:
         raise PretrainedError(f"task: expected one of {', '.join(TASKS)}, found {task!r}{nearest(task, TASKS)}.")
-    return _load(TASKS[task], name_or_path, dtype=dtype)
+    return _load(TASKS[task], name_or_path, dtype=dtype, quantization_config=QUANTIZATIONS[quantization]())
 
 
 def load_classifier(
-    name_or_path: str | Path, labels: Sequence[str], *, dtype: str | torch.dtype = "auto", seed: int = 0
+    name_or_path: str | Path,
+    labels: Sequence[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    quantization: str = "none",
+    seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
     """Load a model with one output for each label.
 
@@ -79,6 +104,7 @@ def load_classifier(
             TASKS["classification"],
             name_or_path,
             dtype=dtype,
+            quantization_config=QUANTIZATIONS[quantization](),
             id2label={number: label for label, number in numbers.items()},
             label2id=numbers,
             problem_type="single_label_classification",
@@ -125,6 +151,10 @@ def _load(kind: Any, name_or_path: str | Path, **options: Any) -> tuple[Any, Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         model = kind.from_pretrained(source, use_safetensors=True, **common, **options)
+    except ImportError as error:
+        raise PretrainedError(
+            f"{name_or_path}: quantization needs a package that is not here: {error}. Run: pip install bitsandbytes"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         hint = nearest(str(name_or_path), BUILT_IN)
         raise PretrainedError(

@@ -40,6 +40,9 @@ class ModelFields(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the base weights; auto keeps the model's own."
     )
+    quantization: Literal["none", "nf4", "int8"] = Field(
+        "none", description="Keep the base in 4 bits (QLoRA) or 8 bits; needs bitsandbytes."
+    )
     task: Literal["causal-lm", "classification"] = Field("causal-lm", description="What the model is trained for.")
 
 
@@ -90,6 +93,15 @@ class StartFields(_Section):
 
     init_batches: Positive = Field(
         8, description="Batches of training data shown to an initialisation that reads gradients or activations."
+    )
+    init_method: Literal["auto", "exact", "sketch"] = Field(
+        "auto", description="How it reads gradients: exact, sketch (little memory), auto (exact where they fit)."
+    )
+    init_memory: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="GiB that exact gradients may take at a time; default 2."
+    )
+    init_cache: str | None = Field(
+        None, description="File that keeps the gradients, for runs with the same weights, batches and settings."
     )
 
 

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
+from rankwise.train import start
 from rankwise.train.card import save_model_card
 from rankwise.train.causal_lm import CausalLM
 from rankwise.train.classification import Classification
@@ -28,22 +27,20 @@ from rankwise.train.data import load_data
 from rankwise.train.generation import Sample
 from rankwise.train.progress import ProgressBar, busy
 from rankwise.train.recipe import Recipe
-from rankwise.train.show import plan_table
+from rankwise.train.show import advice_table, advice_text, plan_table
 from rankwise.train.task import Loaded, Task
 from rankwise.train.trainer import AdapterTrainer, newest_checkpoint
-
-Batch = Mapping[str, Tensor]
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed its checks: the adapter is attached, nothing is trained."""
+    """A run that has passed its checks. Nothing is trained."""
 
     loaded: Loaded
     trainer: AdapterTrainer
-    batches: Sequence[Batch]
+    batches: Sequence[start.Batch]
     held_out: Dataset | None
     bar: ProgressBar
 
@@ -102,18 +99,41 @@ def load(recipe: Recipe, console: Console) -> Loaded:
 
 def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
     """Check the data, and attach the adapter at its start."""
+    prepared = check(loaded, console, title)
+    start.attach(loaded, prepared.batches, console)
+    return prepared
+
+
+def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
+    """Check the data. No adapter is attached yet."""
     recipe, task = loaded.recipe, TASKS[loaded.recipe.task]
     bar = ProgressBar(console, title)
     with busy(console, "Reading and tokenising the data"):
         data = load_data(recipe)
         task.check(loaded, data)
         trainer, warnings = task.trainer(loaded, data, bar)
+        batches = start.first_batches(trainer, recipe)
     for warning in warnings:
         console.print(f"[yellow]{warning}")
-    with busy(console, "Computing the adapter's start"):
-        batches = list(_start_batches(trainer, recipe))
-        rw.attach(loaded.model, loaded.spec, batches=batches)
     return Prepared(loaded, trainer, batches, data.eval, bar)
+
+
+def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
+    """Show what each rank captures of full fine-tuning's first step, and write the best ranks within a budget."""
+    shares, advice = start.advise(loaded, check(loaded, console).batches, parameters, console)
+    path = Path(loaded.recipe.output_dir) / "rank_pattern.yaml"
+    start.write_rank_pattern(advice, path)
+    console.print(advice_table(shares))
+    console.print(advice_text(advice, path), highlight=False)
+
+
+def save_adapter(prepared: Prepared) -> Path:
+    """Save the adapter as it is now, with what belongs to it; returns where."""
+    adapter = Path(prepared.recipe.output_dir) / "adapter"
+    rw.save(prepared.model, adapter)
+    prepared.tokenizer.save_pretrained(adapter)
+    TASKS[prepared.recipe.task].save(prepared.loaded, adapter)
+    return adapter
 
 
 def execute(prepared: Prepared, console: Console) -> Result:
@@ -121,10 +141,7 @@ def execute(prepared: Prepared, console: Console) -> Result:
     recipe, trainer, task = prepared.recipe, prepared.trainer, TASKS[prepared.recipe.task]
     _train(prepared)
     out = Path(recipe.output_dir)
-    adapter = out / "adapter"
-    rw.save(prepared.model, adapter)
-    prepared.tokenizer.save_pretrained(adapter)
-    task.save(prepared.loaded, adapter)
+    adapter = save_adapter(prepared)
     history = trainer.state.log_history
     sample = task.sample(prepared.loaded, prepared.held_out)
     metrics = _metrics(prepared, history) | task.metrics(history)
@@ -145,12 +162,6 @@ def _train(prepared: Prepared) -> None:
     finally:
         prepared.bar.stop()
         trainer.release()
-
-
-def _start_batches(trainer: AdapterTrainer, recipe: Recipe) -> Iterator[Batch]:
-    """The first batches of the run itself, on the model's device."""
-    count = recipe.init_batches * recipe.gradient_accumulation_steps
-    return islice(iter(trainer.get_train_dataloader()), count)
 
 
 def _checkpoint(recipe: Recipe) -> str | None:

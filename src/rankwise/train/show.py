@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 import rankwise as rw
+from rankwise.analysis.rank_advice import RankAdvice
 from rankwise.inits import INITS
 from rankwise.merge import MergeReport
 from rankwise.scaling import SCALINGS
 from rankwise.train.generation import Sample
+from rankwise.train.start import ADVISED_RANKS
 from rankwise.variants import VARIANTS
 
 
@@ -39,6 +41,33 @@ def plan_table(sites: Sequence[rw.Site]) -> Table:
         parameters = sum(site.parameters for site in members)
         table.add_row(name, str(len(members)), kind, f"{out} × {into}", str(rank), f"{scale:.4g}", f"{parameters:,}")
     return table
+
+
+def advice_table(shares: Mapping[str, Sequence[float]]) -> Table:
+    """Share of full fine-tuning's first step that each rank captures, the mean over layers alike."""
+    shown = [rank for rank in ADVISED_RANKS if rank <= min(map(len, shares.values()))]
+    table = Table(title="Share of full fine-tuning's first step that a LoRA-GA start of each rank captures")
+    table.title_justify, table.box, table.padding, table.pad_edge = "left", box.SIMPLE_HEAD, (0, 1, 0, 0), False
+    table.add_column("layers", overflow="fold")
+    for rank in shown:
+        table.add_column(str(rank), justify="right", no_wrap=True)
+    groups: defaultdict[str, list[Sequence[float]]] = defaultdict(list)
+    for name, values in shares.items():
+        groups[_without_numbers(name)].append(values)
+    for name, members in groups.items():
+        columns = [[values[rank - 1] for values in members] for rank in shown]
+        table.add_row(name, *(f"{sum(column) / len(column):.0%}" for column in columns))
+    return table
+
+
+def advice_text(advice: RankAdvice, path: Path) -> str:
+    """What sharing the ranks out would gain, and where the ranks lie."""
+    ranks = sorted(advice.ranks.values())
+    return (
+        f"{advice.parameters:,} parameters shared out over the layers (ranks {ranks[0]} to {ranks[-1]}, median "
+        f"{ranks[len(ranks) // 2]}) capture {advice.captured:.1%} of the gradients' energy; rank {advice.equal_rank} "
+        f"everywhere {advice.captured_by_equal_rank:.1%}.\nThe ranks are in {path}: copy them into the recipe."
+    )
 
 
 def summary(metrics: dict[str, Any], adapter: Path, curve: Path) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *, model: PreTrainedModel, lr_ratio: float | str | None = None, **kwargs: Any) -> None:
         self.lr_ratio = lr_ratio
         self._own_forward = vars(model).get("forward")
-        super().__init__(model=model, **kwargs)
+        with _announced(model):
+            super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)
 
     def release(self) -> None:
@@ -87,6 +90,19 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run writes its own card once its results are known."""
+
+
+@contextmanager
+def _announced(model: PreTrainedModel) -> Iterator[None]:
+    """A `Trainer` refuses a quantised model without adapters; ours come after it, as their start needs its batches."""
+    before = vars(model).get("_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    if model.hf_quantizer is not None:
+        model.requires_grad_(False)  # TRL would round what is trainable, embeddings and norms too, to bf16
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
 
 
 class LanguageTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]

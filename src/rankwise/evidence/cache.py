@@ -1,0 +1,129 @@
+"""Gradients on disk, good only for the very weights, batches and settings that they were collected with."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rankwise.errors import BrokenFile, EvidenceError
+from rankwise.evidence.exact import ExactGradient
+from rankwise.evidence.processes import everyones, process_number
+from rankwise.evidence.sketch import SketchedGradient
+from rankwise.files import read_tensors, write_tensors
+
+Gradients = Mapping[str, ExactGradient] | Mapping[str, SketchedGradient]
+Fingerprint = dict[str, str]
+_KEY = "rankwise_gradients"
+_WHAT = {"weights": "base weights", "data": "batches", "settings": "settings"}
+
+
+def cached(path: Path, found: Fingerprint, collect: Callable[[], Gradients]) -> Gradients:
+    """What the file holds if it was collected under this fingerprint; a new file if there is none.
+
+    Raises:
+        EvidenceError: the file was collected under another fingerprint; it is left as it is.
+        BrokenFile, NonFiniteTensor: it cannot be trusted.
+    """
+    if path.exists():
+        _check(path, found)
+        return _unpacked(read_tensors(path))
+    evidence = collect()
+    if process_number() == 0:
+        write_tensors(path, _packed(evidence), {_KEY: json.dumps(found)})
+    return evidence
+
+
+def fingerprint(model: nn.Module, batches: Iterable[Any], settings: Mapping[str, Any]) -> Fingerprint:
+    """Hashes of all tensors of the model, of all processes' batches, and the settings as text."""
+    weights, data = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            weights.update(name.encode())
+            _hash_tensor(weights, tensor)
+    for batch in batches:
+        _hash_value(data, batch)
+    return {
+        "weights": _joined(weights.hexdigest()),
+        "data": _joined(data.hexdigest()),
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+
+
+def _joined(digest: str) -> str:
+    return hashlib.sha256("".join(str(each) for each in everyones(digest)).encode()).hexdigest()
+
+
+def _hash_value(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        _hash_tensor(digest, value)
+    elif isinstance(value, Mapping):
+        for key in value:
+            digest.update(repr(key).encode())
+            _hash_value(digest, value[key])
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)} items".encode())
+        for item in value:
+            _hash_value(digest, item)
+    elif value is None or isinstance(value, str | int | float | bool):
+        digest.update(repr(value).encode())
+    else:
+        raise EvidenceError(
+            f"a batch holds a {type(value).__name__}, which has no defined content to compare a cache by; expected "
+            f"tensors, numbers and text in dicts, lists and tuples: bring it into that form, or leave cache out"
+        )
+
+
+def _hash_tensor(digest: Any, tensor: Tensor) -> None:
+    own = _local(tensor.detach())
+    digest.update(f"{own.dtype} {tuple(own.shape)}".encode())
+    digest.update(own.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is spread over several."""
+    if not torch.distributed.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor  # takes a while, so only here
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _check(path: Path, expected: Fingerprint) -> None:
+    try:
+        with safe_open(path, framework="pt") as stream:
+            written = (stream.metadata() or {}).get(_KEY)
+        found = json.loads(written or "")
+    except (SafetensorError, OSError, ValueError) as error:  # whatever a file of another kind leads the reader to
+        raise BrokenFile(f"{path}: not a file of cached gradients ({error}); name another cache") from None
+    for key, what in _WHAT.items():
+        if found.get(key) != expected[key]:
+            raise EvidenceError(
+                f"{path}: the gradients in it were collected with other {what}: expected {expected[key]}, found "
+                f"{found.get(key)}; delete the file to collect anew, or name another cache"
+            )
+
+
+def _packed(evidence: Gradients) -> dict[str, Tensor]:
+    tensors = {}
+    for name, each in evidence.items():
+        if isinstance(each, ExactGradient):
+            tensors[f"{name}.matrix"] = each.matrix
+        else:
+            tensors |= {f"{name}.U": each.U, f"{name}.S": each.S, f"{name}.V": each.V}
+            tensors[f"{name}.missed"] = torch.tensor(each.missed, dtype=torch.float64)
+    return tensors
+
+
+def _unpacked(tensors: Mapping[str, Tensor]) -> Gradients:
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(".")
+        by_name.setdefault(name, {})[part] = tensor
+    if all("matrix" in parts for parts in by_name.values()):
+        return {name: ExactGradient(parts["matrix"]) for name, parts in by_name.items()}
+    return {name: SketchedGradient(p["U"], p["S"], p["V"], float(p["missed"])) for name, p in by_name.items()}

@@ -1,0 +1,141 @@
+"""The start of a run: gradients of its first batches → adapter, and what their spectra say about ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+import rankwise as rw
+from rankwise.analysis.rank_advice import RankAdvice, advise_ranks, step_spectrum
+from rankwise.errors import RecipeError
+from rankwise.inits import Init
+from rankwise.train.recipe import Recipe
+from rankwise.train.task import Loaded
+from rankwise.train.trainer import AdapterTrainer
+
+Batch = Mapping[str, Tensor]
+_GIB = 2**30
+ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
+
+
+def first_batches(trainer: AdapterTrainer, recipe: Recipe) -> list[Batch]:
+    """The first batches of the run itself, on the model's device."""
+    count = recipe.init_batches * recipe.gradient_accumulation_steps
+    return list(islice(iter(trainer.get_train_dataloader()), count))
+
+
+def attach(loaded: Loaded, batches: Sequence[Batch], console: Console) -> None:
+    """Put the adapter on the model, its start computed from the batches, or read from the recipe's cache.
+
+    Raises:
+        RecipeError: a cache, and an init that collects no gradients. EvidenceError and others: see ``rankwise.attach``.
+    """
+    recipe, init = loaded.recipe, loaded.spec.init
+    assert isinstance(init, Init)
+    if recipe.init_cache and init.needs != "gradients":
+        raise RecipeError(
+            f"`init_cache`: init {type(init).__name__} collects no gradients, so there is nothing to keep; expected an "
+            f"init such as lora-ga, or no cache"
+        )
+    with _shown(batches, "Computing the adapter's start", console) as shown:
+        evidence = _gradients(loaded, shown, init) if recipe.init_cache else None
+        rw.attach(
+            loaded.model,
+            loaded.spec,
+            batches=shown,
+            evidence=evidence,
+            method=recipe.init_method,
+            memory_budget=_budget(recipe),
+        )
+
+
+def _gradients(loaded: Loaded, batches: Sequence[Batch], init: Init) -> Mapping[str, Any]:
+    recipe = loaded.recipe
+    method = "exact" if init.needs_whole_gradient and recipe.init_method == "auto" else recipe.init_method
+    return rw.gradients(
+        loaded.model,
+        batches,
+        [site.name for site in loaded.sites],
+        method,
+        rank=max(site.rank for site in loaded.sites),
+        memory_budget=_budget(recipe),
+        cache=recipe.init_cache,
+    )
+
+
+def _budget(recipe: Recipe) -> int | None:
+    return None if recipe.init_memory is None else int(recipe.init_memory * _GIB)
+
+
+def advise(
+    loaded: Loaded, batches: Sequence[Batch], parameters: int | None, console: Console
+) -> tuple[dict[str, list[float]], RankAdvice]:
+    """From the gradients of the batches: the share of the first step at each of ``ADVISED_RANKS``, and the best ranks.
+
+    Args:
+        parameters: the budget; None: what the recipe's own ranks take.
+
+    Returns:
+        Site → its shares; and the advice.
+    """
+    shapes = {site.name: site.shape for site in loaded.sites}
+    largest = min(max(ADVISED_RANKS), *(min(shape) // 2 for shape in shapes.values()))
+    budget = sum(site.parameters for site in loaded.sites) if parameters is None else parameters
+    with _shown(batches, "Collecting gradients", console) as shown:
+        evidence = rw.gradients(
+            loaded.model,
+            shown,
+            list(shapes),
+            loaded.recipe.init_method,
+            rank=largest,
+            memory_budget=_budget(loaded.recipe),
+            cache=loaded.recipe.init_cache,
+        )
+        spectra = {name: step_spectrum(each, largest) for name, each in evidence.items()}
+    return {name: each.shares.tolist() for name, each in spectra.items()}, advise_ranks(spectra, shapes, budget)
+
+
+class _Shown(Sequence[Batch]):
+    """Batches that move a bar along in every pass over them."""
+
+    def __init__(self, batches: Sequence[Batch], progress: Progress, doing: str) -> None:
+        self._batches, self._progress, self._doing = batches, progress, doing
+        self._task = progress.add_task(doing, total=None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._progress.reset(self._task, total=len(self._batches), description=f"{self._doing}: batches")
+        for batch in self._batches:
+            yield batch
+            self._progress.advance(self._task)
+        self._progress.update(self._task, description=f"{self._doing}: directions")
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
+        return self._batches[index]
+
+
+@contextmanager
+def _shown(batches: Sequence[Batch], doing: str, console: Console) -> Iterator[_Shown]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield _Shown(batches, progress, doing)
+
+
+def write_rank_pattern(advice: RankAdvice, path: Path) -> None:
+    """The advised ranks as a recipe's ``rank_pattern``."""
+    lines = [f"  {name}: {rank}" for name, rank in advice.ranks.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["rank_pattern:", *lines]) + "\n", encoding="utf-8")
