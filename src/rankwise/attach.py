@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from rankwise.evidence.gradients import (
 )
 from rankwise.inits import Init, Kaiming, Loftq
 from rankwise.inits.base import EvidenceNeed
-from rankwise.layers import forbid_repacking, is_quantised, kind_of, parameter_owners
+from rankwise.layers import KINDS, forbid_repacking, is_quantised, kind_of, parameter_owners
 from rankwise.plan import modules_saved_whole, plan, target_layers
 from rankwise.saved import check_copyable, drop_copies, show_originals
 from rankwise.shapes import Float
-from rankwise.sites import Site, site_generator
+from rankwise.sites import Site, Start, site_generator
 from rankwise.slots import (
     adapter_layers,
     adapter_name,
@@ -202,11 +203,17 @@ def _with_ranks(init: Init, sites: Sequence[Site], seen: Seen) -> list[Site]:
 
 def _adapters(wanted: _Wanted, given: Seen | None) -> dict[str, FoldableLayer]:
     """Site name → adapter layer: the evidence is collected, ranks are settled, each site gets its start."""
-    built = {}
+    built: dict[str, FoldableLayer] = {}
     for seen in _evidence(wanted, given):
-        for site in _with_ranks(wanted.init, [site for site in wanted.sites if site.name in seen], seen):
-            layer = wanted.model.get_submodule(site.name)
-            built[site.name] = _build(layer, site, wanted.spec, seen[site.name])
+        sites = _with_ranks(wanted.init, [site for site in wanted.sites if site.name in seen], seen)
+        generators = {site.name: site_generator(wanted.spec.seed, site.name) for site in sites}
+        weights = {site.name: partial(base_matrix, wanted.model.get_submodule(site.name)) for site in sites}
+        with torch.no_grad():
+            found = {
+                site.name: _build(weights[site.name](), site, wanted.spec, start, generators[site.name])
+                for site, start in wanted.init.starts(sites, lambda site: weights[site.name](), seen, generators)  # noqa: B023
+            }
+        built |= {site.name: found[site.name] for site in sites}  # in the model's order
     return built
 
 
@@ -234,14 +241,8 @@ def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-@torch.no_grad()
-def _build(layer: nn.Module, site: Site, spec: LoRA, seen: Any) -> FoldableLayer:
+def _build(weight: Tensor, site: Site, spec: LoRA, start: Start, generator: torch.Generator) -> FoldableLayer:
     assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
-    kind = kind_of(layer)
-    assert kind is not None
-    weight = base_matrix(layer)
-    generator = site_generator(spec.seed, site.name)
-    start = spec.init(weight, site, seen, generator)
     start = spec.variant.own_start(start, generator, default=isinstance(spec.init, Kaiming))
     if not bool(start.A.any()) and not bool(start.B.any()):
         raise SpecError(
@@ -249,7 +250,7 @@ def _build(layer: nn.Module, site: Site, spec: LoRA, seen: Any) -> FoldableLayer
             f"no gradient would ever reach A or B: exclude the module, or use init 'kaiming'"
         )
     variant = FoldedLora() if spec.anchor == "fold" else spec.variant
-    return variant.build(site, kind, weight, start, spec.dropout)
+    return variant.build(site, KINDS[site.kind], weight, start, spec.dropout)
 
 
 def _check_foldable(model: nn.Module, sites: Iterable[Site], occupied: bool) -> None:

@@ -281,6 +281,7 @@ class Conv2dKind(Kind):
 
 
 LINEAR, CONV1D, EMBEDDING, CONV2D = LinearKind(), Conv1DKind(), EmbeddingKind(), Conv2dKind()
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, EMBEDDING, CONV2D)}
 
 
 def kind_of(layer: nn.Module) -> Kind | None:

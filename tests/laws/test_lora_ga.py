@@ -1,6 +1,7 @@
 """LoRA-GA against closed form: what its start must capture, what its first step must be, what must not change it."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import rankwise as rw
 from rankwise.evidence import ExactGradient
 from rankwise.inits import LoraGA
 from rankwise.inits.lora_ga import DIRECTIONS, SCALES
-from rankwise.sites import Site
+from rankwise.sites import Site, Start
 
 OUT, IN, RANK, ALPHA = 48, 36, 4, 6.0
 
@@ -204,3 +205,34 @@ def test_a_second_adapters_start_comes_from_the_pretrained_model():
     first, second = rw.pairs(model, "alone"), rw.pairs(model, "second")
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.layer.start_A, b.layer.start_A)
+
+
+def test_layers_of_one_shape_may_be_aligned_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an accelerator does, on the CPU: the starts are those of one layer after the other."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (12, 16), "b": (12, 16), "c": (16, 12), "d": (12, 16)}
+    evidence = {name: ExactGradient(torch.randn(*shape, generator=generator)) for name, shape in shapes.items()}
+    sites = [Site(name, "linear", shape, 3, 0.5) for name, shape in shapes.items()]
+    init = LoraGA(align="adam")
+
+    def starts() -> dict[str, Start]:
+        generators = {name: torch.Generator().manual_seed(1) for name in shapes}
+        found = init.starts(sites, lambda site: torch.zeros(site.shape), evidence, generators)
+        return {site.name: start for site, start in found}
+
+    alone = starts()
+    groups: list[list[str]] = []
+
+    def alike(sites: list[Site], evidence: object) -> Iterator[list[Site]]:
+        for shape in dict.fromkeys(shapes.values()):
+            group = [site for site in sites if site.shape == shape]
+            groups.append([site.name for site in group])
+            yield group
+
+    monkeypatch.setattr("rankwise.inits.lora_ga._alike", alike)
+    together = starts()
+    assert groups == [["a", "b", "d"], ["c"]]
+    for name, start in alone.items():
+        torch.testing.assert_close(together[name].A, start.A, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(together[name].B, start.B, rtol=1e-3, atol=1e-4)
+        assert together[name].notes == pytest.approx(start.notes, rel=1e-4)

@@ -94,6 +94,18 @@ def check_failing_together(rank: int) -> None:
         rw.gradients(llama(), share)
 
 
+def check_same_input_directions(rank: int) -> None:
+    whole = {key: torch.cat([batch[key] for batch in batches()]) for key in ("input_ids", "labels")}
+    twice = rw.activations(llama(), [whole], rank=8)
+    shared = rw.activations(llama(), one_share(rank), rank=8)
+    covariance, shared_covariance = rw.covariances(llama(), batches()), rw.covariances(llama(), one_share(rank))
+    for name, truth in twice.items():  # which both processes have seen
+        assert 2 * shared[name].count == truth.count == 40
+        torch.testing.assert_close(2**0.5 * shared[name].singular_values, truth.singular_values, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(shared[name].explained, truth.explained, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(shared_covariance[name].matrix, covariance[name].matrix)
+
+
 class TwoWays(nn.Module):
     """A mixture of two experts, each of which only one process's data reaches."""
 
@@ -176,6 +188,7 @@ CHECKS = [
     check_same_gradients,
     check_same_start,
     check_failing_together,
+    check_same_input_directions,
     check_layer_that_one_process_never_reaches,
     check_data_parallel_training,
     check_gradients_of_a_sharded_model,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.markup import escape
 from typer.core import TyperGroup
 
@@ -59,6 +61,15 @@ def main(
     # Where it is installed, importing it says which of its kernels this machine lacks; nothing here asked for them.
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    own = logging.getLogger("rankwise")  # says which choices were made, and why
+    own.setLevel(logging.INFO)
+    if not own.handlers:
+        own.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False))
+
+
+def _console() -> Console:
+    """The terminal; of several processes that a launcher started, the first one's alone."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @app.command()
@@ -69,7 +80,7 @@ def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     from rankwise.train import run
     from rankwise.train.show import summary
 
-    console = Console()
+    console = _console()
     result = run.train(wanted, console)
     console.print(summary(result.metrics, result.adapter, result.curve))
 
@@ -91,7 +102,7 @@ def plan(
     wanted = recipes.load(recipe, overrides)
     from rankwise.train import run
 
-    console = Console()
+    console = _console()
     loaded = run.load(wanted, console)
     run.show_plan(loaded, console)
     if advise:
@@ -105,7 +116,7 @@ def init(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     wanted = recipes.load(recipe, overrides)
     from rankwise.train import run
 
-    console = Console()
+    console = _console()
     loaded = run.load(wanted, console)
     run.show_plan(loaded, console)
     adapter = run.save_adapter(run.prepare(loaded, console))
@@ -123,7 +134,7 @@ def merge(
     from rankwise.train.progress import busy
     from rankwise.train.show import merge_table
 
-    console = Console()
+    console = _console()
     with busy(console, "Folding the adapter into the model"):
         report = save_merged(adapter, base, out)
     console.print(merge_table(report, out))
@@ -142,7 +153,7 @@ def generate(
     from rankwise.train.progress import busy
     from rankwise.train.show import sample_table
 
-    console = Console()
+    console = _console()
     with busy(console, "Answering, without the adapter and with it"):
         sample = answer(adapter, base, prompt, chat=chat, max_new_tokens=max_new_tokens)
     console.print(sample_table(sample))
@@ -155,7 +166,7 @@ def demo(
     """Fine-tune a small real model on real text with LoRA-GA, beside plain LoRA. Takes a few minutes."""
     from rankwise.train.demo import run_demo
 
-    run_demo(out, Console())
+    run_demo(out, _console())
 
 
 @app.command()

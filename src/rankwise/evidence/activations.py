@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError, NonFiniteActivation
 from rankwise.evidence.passes import each_batch, hooked, layer_input, run_forward, undisturbed
-from rankwise.layers import Kind
+from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
+from rankwise.layers import Kind, kind_of
 from rankwise.lowrank import truncated_svd
 from rankwise.plan import target_layers
 from rankwise.shapes import Float
@@ -100,7 +101,10 @@ def input_directions(
 ) -> dict[str, InputDirections]:
     """:func:`activations` for layers that are already chosen, each with its own number of directions."""
     running = {name: RunningSVD(ranks[name] + OVERSAMPLE) for name in layers}
-    run_inputs(model, layers, batches, forward, lambda name, rows: running[name].add(rows))
+    with failing_together():
+        run_inputs(model, layers, batches, forward, lambda name, rows: running[name].add(rows))
+    for name, layer in layers.items():
+        running[name].join(_width(layer))
     return {name: running[name].leading(ranks[name], name) for name in layers}
 
 
@@ -115,10 +119,22 @@ def input_covariances(
         sums[name] = sums[name].addmm_(rows.T, rows) if name in sums else rows.T @ rows
         counts[name] += len(rows)
 
-    run_inputs(model, layers, batches, forward, add)
-    for name in layers:
-        _check_count(name, counts[name], 1)
-    return {name: InputCovariance(sums[name] / counts[name], counts[name]) for name in layers}
+    with failing_together():
+        run_inputs(model, layers, batches, forward, add)
+    found = {}
+    for name, layer in layers.items():
+        width, count = _width(layer), total(counts[name])
+        _check_count(name, count, 1)
+        C = summed(sums[name] if name in sums else torch.zeros(width, width))
+        found[name] = InputCovariance(C / count, count)
+    return found
+
+
+def _width(layer: nn.Module) -> int:
+    """How many numbers an input vector has."""
+    kind = kind_of(layer)
+    assert kind is not None
+    return kind.shape(layer)[1]
 
 
 class RunningSVD:
@@ -139,16 +155,42 @@ class RunningSVD:
     def add(self, rows: Float[Tensor, "m in"]) -> None:
         """Take a batch of rows in."""
         mean = rows.mean(0)
-        new = [rows - mean]
+        centred = rows - mean
+        self._take(len(rows), float(centred.double().square().sum()), mean, centred)
+
+    def _take(self, count: int, variance: float, mean: Float[Tensor, " in"], scaled: Float[Tensor, "q in"]) -> None:
+        """Join ``count`` rows known by their mean, their Σ‖x − mean‖² and a square root ``scaled`` of their scatter."""
         if self.count:
-            weight = self.count * len(rows) / (self.count + len(rows))
-            new.append(weight**0.5 * (self.mean - mean)[None])
-        self.variance += sum(float(part.double().square().sum()) for part in new)
-        stacked = torch.cat([self.s[:, None] * self.v.T, *new]) if self.count else new[0]
+            weight = self.count * count / (self.count + count)
+            apart = weight**0.5 * (self.mean - mean)[None]
+            variance += float(apart.double().square().sum())
+            scaled = torch.cat([self.s[:, None] * self.v.T, scaled, apart])
+            mean = self.mean + (mean - self.mean) * (count / (self.count + count))
         generator = torch.Generator().manual_seed(0)
-        _, self.s, self.v = truncated_svd(stacked, min(self.width, *stacked.shape), generator)
-        self.mean = mean if not self.count else self.mean + (mean - self.mean) * (len(rows) / (self.count + len(rows)))
-        self.count += len(rows)
+        _, self.s, self.v = truncated_svd(scaled, min(self.width, *scaled.shape), generator)
+        self.mean = mean
+        self.variance += variance
+        self.count += count
+
+    def join(self, width: int) -> None:
+        """Make it the directions of all processes' rows, of ``width`` numbers each."""
+        if process_count() == 1:
+            return
+        scaled = torch.zeros(self.width, width)
+        if self.count:
+            scaled[: len(self.s)] = (self.s[:, None] * self.v.T).cpu()
+        mean = self.mean.cpu() if self.count else torch.zeros(width)
+        parts = zip(
+            gathered(torch.tensor([float(self.count), self.variance], dtype=torch.float64)),
+            gathered(mean),
+            gathered(scaled),
+            strict=True,
+        )
+        joined = RunningSVD(self.width)
+        for (count, variance), other_mean, other_scaled in parts:
+            if count:
+                joined._take(int(count), float(variance), other_mean, other_scaled)
+        vars(self).update(vars(joined))
 
     def leading(self, k: int, where: str) -> InputDirections:
         """The first k directions.

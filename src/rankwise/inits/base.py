@@ -1,7 +1,7 @@
 """What an initialisation is given and what it returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -104,6 +104,22 @@ class Init(ABC):
                 :class:`CovarianceEvidence`, or the original weight [out, in]; else None.
             generator: derived from (seed, site name), so the result depends on nothing else.
         """
+
+    def starts(
+        self,
+        sites: Sequence[Site],
+        weight_of: Callable[[Site], Float[Tensor, "out in"]],
+        evidence: Mapping[str, Any],
+        generators: Mapping[str, Generator],
+    ) -> Iterator[tuple[Site, Start]]:
+        """The starts of several sites, in any order; one by one unless the method gains from taking some together.
+
+        Args:
+            weight_of: makes a site's W₀, which may be a copy: it is not held on to.
+            evidence, generators: by site name, for each what :meth:`__call__` takes.
+        """
+        for site in sites:
+            yield site, self(weight_of(site), site, evidence[site.name], generators[site.name])
 
     @property
     def needs_whole_gradient(self) -> bool:

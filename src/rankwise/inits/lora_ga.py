@@ -1,7 +1,7 @@
 """LoRA-GA: start from the gradient's singular vectors, so that the first step is full fine-tuning's."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -95,10 +95,39 @@ class LoraGA(Init):
     def __call__(
         self, weight: Float[Tensor, "out in"], site: Site, evidence: GradientEvidence, generator: Generator
     ) -> Start:
-        split = DIRECTIONS[self.directions](site.rank, generator)
-        pair = ALIGNMENTS[self.align](evidence, site, split)
-        c = SCALES[self.scale](self, pair, weight, site, generator)
-        return Start((c * pair.A).to(weight), (c * pair.B).to(weight), notes=pair.notes)
+        ((_, start),) = self.starts([site], lambda _: weight, {site.name: evidence}, {site.name: generator})
+        return start
+
+    def starts(
+        self,
+        sites: Sequence[Site],
+        weight_of: Callable[[Site], Float[Tensor, "out in"]],
+        evidence: Mapping[str, GradientEvidence],
+        generators: Mapping[str, Generator],
+    ) -> Iterator[tuple[Site, Start]]:
+        """Sites of one shape and rank together where the alignment takes several."""
+        for group in _alike(sites, evidence):
+            splits = [DIRECTIONS[self.directions](site.rank, generators[site.name]) for site in group]
+            pairs = ALIGNMENTS[self.align]([evidence[site.name] for site in group], group, splits)
+            for site, pair in zip(group, pairs, strict=True):
+                weight = weight_of(site)
+                c = SCALES[self.scale](self, pair, weight, site, generators[site.name])
+                yield site, Start((c * pair.A).to(weight), (c * pair.B).to(weight), notes=pair.notes)
+
+
+_TOGETHER = 2**26  # numbers of gradients that an accelerator works on at a time
+
+
+def _alike(sites: Sequence[Site], evidence: Mapping[str, GradientEvidence]) -> Iterator[list[Site]]:
+    """Groups of sites of one shape and rank. On a CPU each is alone: one gradient fits its cache, several do not."""
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        found = evidence[site.name]
+        accelerated = isinstance(found, ExactEvidence) and found.matrix.device.type != "cpu"
+        groups.setdefault((site.shape, site.rank) if accelerated else (site.name,), []).append(site)
+    for group in groups.values():
+        size = max(_TOGETHER // math.prod(group[0].shape), 1)
+        yield from (group[first : first + size] for first in range(0, len(group), size))
 
 
 def _one_of(field: str, value: str, known: Iterable[str]) -> None:
@@ -106,29 +135,49 @@ def _one_of(field: str, value: str, known: Iterable[str]) -> None:
         raise SpecError(f"init 'lora-ga': {field} must be one of {', '.join(known)}, found {value!r}")
 
 
-def _for_sgd(evidence: GradientEvidence, site: Site, split: Split) -> UnitPair:
-    A, B = _take(evidence.svd(2 * site.rank), split)
-    return UnitPair(A, B, 1.0 / site.scale, {})
+Evidence = Sequence[GradientEvidence]  # of several sites of one shape and rank
 
 
-def _for_sign(evidence: GradientEvidence, site: Site, split: Split) -> UnitPair:
-    G = _exact(evidence, site)
-    A, B = _sign_directions(G, site, split)
-    before, full_size = compare_with_adam(A[None], B[None], G[None])
-    return UnitPair(A, B, float(full_size) / site.scale, {"adam_cosine": float(before)})
+def _for_sgd(evidence: Evidence, sites: Sequence[Site], splits: Sequence[Split]) -> list[UnitPair]:
+    pairs = []
+    for each, site, split in zip(evidence, sites, splits, strict=True):
+        A, B = _take(each.svd(2 * site.rank), split)
+        pairs.append(UnitPair(A, B, 1.0 / site.scale, {}))
+    return pairs
 
 
-def _for_adam(evidence: GradientEvidence, site: Site, split: Split) -> UnitPair:
-    G = _exact(evidence, site)
-    starts = [_take(evidence.svd(2 * site.rank), split), _sign_directions(G, site, split)]
-    candidates_A, candidates_B = (torch.stack(halves)[None] for halves in zip(*starts, strict=True))
-    found = align_with_adam(candidates_A, candidates_B, G[None])
+def _for_sign(evidence: Evidence, sites: Sequence[Site], splits: Sequence[Split]) -> list[UnitPair]:
+    pairs = []
+    for each, site, split in zip(evidence, sites, splits, strict=True):
+        G = _exact(each, site)
+        A, B = _sign_directions(G, site, split)
+        before, full_size = compare_with_adam(A[None], B[None], G[None])
+        pairs.append(UnitPair(A, B, float(full_size) / site.scale, {"adam_cosine": float(before)}))
+    return pairs
+
+
+def _for_adam(evidence: Evidence, sites: Sequence[Site], splits: Sequence[Split]) -> list[UnitPair]:
+    G = torch.stack([_exact(each, site) for each, site in zip(evidence, sites, strict=True)])
+    starts = [
+        [_take(each.svd(2 * site.rank), split), _sign_directions(gradient, site, split)]
+        for each, gradient, site, split in zip(evidence, G, sites, splits, strict=True)
+    ]
+    candidates_A, candidates_B = (torch.stack([torch.stack([s[i] for s in both]) for both in starts]) for i in (0, 1))
+    found = align_with_adam(candidates_A, candidates_B, G)
     # Only the ratio of A's size to B's matters to the cosine: give the two together the size of 2r unit vectors.
-    unit = math.sqrt(2 * site.rank / float(found.A.square().sum() + found.B.square().sum()))
-    A, B = unit * found.A, unit * found.B
-    _, full_size = compare_with_adam(A, B, G[None])
-    notes = {"adam_cosine_at_start": float(found.before), "adam_cosine": float(found.after)}
-    return UnitPair(A[0], B[0], float(full_size) / site.scale, notes)
+    sizes = found.A.square().sum((1, 2)) + found.B.square().sum((1, 2))
+    units = (2 * sites[0].rank / sizes).sqrt()[:, None, None]
+    A, B = units * found.A, units * found.B
+    _, full_sizes = compare_with_adam(A, B, G)
+    return [
+        UnitPair(
+            A[i],
+            B[i],
+            float(full_sizes[i]) / site.scale,
+            {"adam_cosine_at_start": float(found.before[i]), "adam_cosine": float(found.after[i])},
+        )
+        for i, site in enumerate(sites)
+    ]
 
 
 def _take(svd: tuple[Tensor, Tensor, Tensor], split: Split) -> tuple[Tensor, Tensor]:
@@ -151,7 +200,7 @@ def _exact(evidence: GradientEvidence, site: Site) -> Tensor:
     return evidence.matrix
 
 
-ALIGNMENTS: dict[str, Callable[[GradientEvidence, Site, Split], UnitPair]] = {
+ALIGNMENTS: dict[str, Callable[[Evidence, Sequence[Site], Sequence[Split]], list[UnitPair]]] = {
     "sgd": _for_sgd,
     "sign": _for_sign,
     "adam": _for_adam,

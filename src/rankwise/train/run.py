@@ -141,14 +141,18 @@ def execute(prepared: Prepared, console: Console) -> Result:
     recipe, trainer, task = prepared.recipe, prepared.trainer, TASKS[prepared.recipe.task]
     _train(prepared)
     out = Path(recipe.output_dir)
-    adapter = save_adapter(prepared)
     history = trainer.state.log_history
     sample = task.sample(prepared.loaded, prepared.held_out)
     metrics = _metrics(prepared, history) | task.metrics(history)
-    curve = save_loss_curve({"run": history}, out / "loss.png", title_of(recipe), task.loss_unit)
-    save_model_card(adapter, title=title_of(recipe), recipe=recipe, metrics=metrics, curve=curve, sample=sample)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    return Result(prepared, adapter, curve, history, metrics, sample)
+    result = Result(prepared, out / "adapter", out / "loss.png", history, metrics, sample)
+    if trainer.is_world_process_zero():
+        save_adapter(prepared)
+        save_loss_curve({"run": history}, result.curve, title_of(recipe), task.loss_unit)
+        save_model_card(
+            result.adapter, title=title_of(recipe), recipe=recipe, metrics=metrics, curve=result.curve, sample=sample
+        )
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return result
 
 
 def _train(prepared: Prepared) -> None:
@@ -189,4 +193,5 @@ def _metrics(prepared: Prepared, history: list[dict[str, Any]]) -> dict[str, Any
         "versions": {name: version(name) for name in ("rankwise", "torch", "transformers", "trl")},
         "python": platform.python_version(),
         "device": str(prepared.model.device),
+        "processes": trainer.args.world_size,
     }

@@ -97,7 +97,7 @@ def _announced(model: PreTrainedModel) -> Iterator[None]:
     """A `Trainer` refuses a quantised model without adapters; ours come after it, as their start needs its batches."""
     before = vars(model).get("_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = True
-    if model.hf_quantizer is not None:
+    if getattr(model, "is_quantized", False):
         model.requires_grad_(False)  # TRL would round what is trainable, embeddings and norms too, to bf16
     try:
         yield
