@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _autograd
 from torch.autograd.function import once_differentiable
 
 from rankwise.shapes import Float
@@ -33,9 +34,17 @@ def add_low_rank(
         return y + scale * F.linear(h, B.to(y.dtype))
     if not torch.is_grad_enabled():
         return _add(y, _down(x, A, y.dtype, dropout, _draw_seed(dropout)), B, _gain(scale, dropout))
-    if y._is_view():  # such as bitsandbytes' int8 layers return: autograd lets nobody write into it
-        y = y.clone()
-    return _AddLowRank.apply(y, x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
+    return _AddLowRank.apply(writable(y), x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def writable(y: Tensor) -> Tensor:
+    """y, or a copy where autograd lets nobody write into it: a view made inside a custom Function.
+
+    bitsandbytes' int8 layers return such views.
+    """
+    if y._is_view() and _autograd._get_creation_meta(y) != _autograd.CreationMeta.DEFAULT:
+        return y.clone()
+    return y
 
 
 def as_rows(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "rows n"]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rankwise.add_low_rank import writable
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.passes import each_batch, hooked, layer_input, run_forward, undisturbed
 from rankwise.layers import Kind, forbid_repacking
@@ -59,9 +60,7 @@ def _capture(name: str, kind: Kind, observe: Observer) -> Any:
             observe(name, kind, layer, x, grad_y)
 
         start = torch.empty(0, requires_grad=True)  # with everything frozen the graph starts here
-        if output._is_view():  # such as bitsandbytes' int8 layers return: autograd lets nobody mark it
-            output = output.clone()
-        return _Watched.apply(output, layer_input(args, kwargs), start, name, show)  # type: ignore[no-any-return, no-untyped-call]
+        return _Watched.apply(writable(output), layer_input(args, kwargs), start, name, show)  # type: ignore[no-any-return, no-untyped-call]
 
     return hook
 

@@ -4,7 +4,7 @@ The backward pass brings each layer's input X [t, in] and output gradient dY [t,
 G·Q = Σ dYᵀ(XQ) and Gᵀ·P = Σ Xᵀ(dY P) are exact and cheap. A rank-k factor U S Vᵀ of the running sum M is renewed by one
 step of block power iteration a batch, started from what is known:
 
-    Q = [V, fresh random]      P = orth(M Q)      M ≈ P (MᵀP)ᵀ, compressed to rank k again
+    Q = [V, a few fresh random directions]      P = orth(M Q)      M ≈ P (MᵀP)ᵀ, compressed to rank k again
 
 where M Q = U S (VᵀQ) + dYᵀ(XQ) and likewise MᵀP. A second pass over the same batches, with U and V held still, gives
 G V and GᵀU exactly, and from them the two-sided (generalised Nyström) approximation G V (UᵀG V)⁺ (GᵀU)ᵀ.
@@ -27,6 +27,7 @@ from rankwise.lowrank import LowRank
 from rankwise.shapes import Float
 from rankwise.sites import site_generator
 
+FRESH = 4  # one fresh random direction for so many kept ones
 PROBES = 8  # fixed random directions by which the energy that the factor misses is estimated
 
 
@@ -100,9 +101,10 @@ class _Running:
 
     def add(self, increment: Increment) -> None:
         """M ← U S Vᵀ + increment, compressed to ``width`` directions by one block power step."""
-        fresh = self._random(self.V.shape[0], self.width)
+        missing = self.width - self.V.shape[1]  # all, at first
+        fresh = self._random(self.V.shape[0], missing + max(self.width // FRESH, 1))
         seen = increment.times(torch.cat([self.V, fresh, self.probe], 1))
-        known = self.V.shape[1] + self.width
+        known = self.V.shape[1] + fresh.shape[1]
         self.probed += seen[:, known:]
         image = seen[:, :known] + (self.U * self.S) @ (self.V.T @ torch.cat([self.V, fresh], 1))
         basis, _ = _gram_svd(image, image.shape[1])
@@ -208,9 +210,10 @@ def _one_pass(
     """
 
     def observe(name: str, kind: Kind, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
-        if not bool(torch.isfinite(grad_y).all()):
+        extent = torch.stack(torch.aminmax(grad_y))  # one pass, and NaN comes through
+        if not bool(torch.isfinite(extent).all()):
             raise NonFiniteGradient(f"{name}: the gradient of its output holds NaN or infinity; look at the batches")
-        if not bool(grad_y.any()):
+        if not bool(extent.any()):
             return
         if name not in running:
             running[name] = begin(name, kind, layer, grad_y.device)
