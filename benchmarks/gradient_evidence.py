@@ -127,7 +127,7 @@ def start_with_ours(method: str) -> Callable[[Any, list[dict[str, Tensor]]], Non
 def training_step(model: Any, data: list[dict[str, Tensor]]) -> None:
     rw.attach(model, rw.LoRA(rank=RANK)).train()
     optimizer = torch.optim.AdamW(rw.trainable_parameters(model))
-    for batch in data[:2]:
+    for batch in data:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -140,12 +140,25 @@ def evidence() -> str:
     )
 
 
+def classification() -> str:
+    found = result("classification")
+    rows = [
+        [run["method"], f"{run['learning_rate']:g}", f"{run['accuracy']:.1%}", f"{run['held_out_loss']:.3f}"]
+        for run in sorted(found["runs"], key=lambda run: (run["method"], run["learning_rate"]))
+    ]
+    seeds = sorted({run["seed"] for run in found["runs"]})
+    return f"Rank 8, one epoch, seed {', '.join(map(str, seeds))}; {found['held_out']}:\n\n" + table(
+        ["method", "learning rate", "held-out accuracy", "held-out loss"], rows
+    )
+
+
 def measured() -> str:
     return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
 
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": methods, "measured": measured},
+    "docs/examples.md": {"classification": classification},
     "docs/methods.md": {"first-step": first_step, "evidence": evidence},
 }
 

@@ -1,14 +1,17 @@
 """Adapter: the portable value of a trained adapter, its spec and each site's tensors, without a model."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankwise.errors import BrokenFile
 from rankwise.layers import is_quantised, kind_of
 from rankwise.lowrank import LowRank
 from rankwise.spec import LoRA
@@ -44,6 +47,7 @@ class Adapter:
         targets: the shortest list of module names that selects exactly these sites on the base they came from, or a
             regular expression where no list does.
         base_probe: module path → 16 evenly spaced base weights, by which another base is recognised.
+        base_quantised: whether those weights were dequantised ones, which stand for others.
         base_model: name or path of the base, where known.
         saved: the tensors of ``modules_to_save``, by their names in the model's state dict.
     """
@@ -54,6 +58,7 @@ class Adapter:
     base_probe: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     base_model: str | None = None
     saved: Mapping[str, Tensor] = field(default_factory=dict)
+    base_quantised: bool = False
 
 
 def extract(
@@ -73,6 +78,7 @@ def extract(
         base_probes(model, list(sites)),
         getattr(config, "_name_or_path", None) or None,
         {key: value.detach().cpu() for key, value in saved.items()},
+        any(is_quantised(model.get_submodule(path)) for path in sites),
     )
 
 
@@ -113,13 +119,36 @@ def base_probes(model: nn.Module, sites: list[str]) -> dict[str, tuple[float, ..
     return {path: probe(model.get_submodule(path)) for path in _spread(sites, 8)}
 
 
+PROBED = 16
+
+
 def probe(layer: Any) -> tuple[float, ...]:
     """16 evenly spaced entries of the base weight; of a quantised one, dequantised."""
     kind = kind_of(layer)
     assert kind is not None
     flat = kind.weight(layer).flatten() if is_quantised(layer) else layer.weight.detach().flatten()
-    index = torch.linspace(0, flat.numel() - 1, 16, device=flat.device).long()
+    index = torch.linspace(0, flat.numel() - 1, PROBED, device=flat.device).long()
     return tuple(float(value) for value in flat[index])
+
+
+def read_probes(where: Path, content: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """The probes that :func:`base_probes` made, out of a file.
+
+    Raises:
+        BrokenFile: they are anything else.
+    """
+    found = content.get("base_probe", {})
+    sound = isinstance(found, dict) and all(
+        isinstance(values, list)
+        and len(values) == PROBED
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        for values in found.values()
+    )
+    if not sound:
+        raise BrokenFile(
+            f"{where}: expected {PROBED} finite numbers for each module under base_probe; delete the file or save anew"
+        )
+    return {path: tuple(map(float, values)) for path, values in found.items()}
 
 
 def _spread(names: list[str], count: int) -> list[str]:

@@ -21,7 +21,7 @@ from rankwise.evidence.gradients import (
     sketch_with_warning,
 )
 from rankwise.inits import Init, Kaiming, Loftq
-from rankwise.inits.base import EvidenceNeed
+from rankwise.inits.base import EVIDENCE, EvidenceNeed
 from rankwise.layers import KINDS, forbid_repacking, is_quantised, kind_of, parameter_owners
 from rankwise.plan import modules_saved_whole, plan, target_layers
 from rankwise.saved import check_copyable, drop_copies, show_originals
@@ -33,9 +33,11 @@ from rankwise.slots import (
     check_new_name,
     check_unmerged,
     find_record,
+    forget_compiled,
     host,
     install,
     remove_slot,
+    root,
     set_active,
     slots,
     switched_off,
@@ -88,8 +90,10 @@ def attach(
     """
     check_new_name(model, name)
     forbid_repacking(model)
+    if not isinstance(spec, LoRA | Bottleneck):
+        raise SpecError(f"spec must be a rankwise.LoRA(...) or rankwise.Bottleneck(...), found {spec!r}")
     found = find_record(model)
-    owner = found[0] if found else model
+    owner = root(model)
     if isinstance(spec, Bottleneck):
         install(model, name, spec, _bottlenecks(owner, spec), trainable=True)
         return model
@@ -147,7 +151,7 @@ def _gradients(wanted: _Wanted) -> Iterator[Seen]:
         widths = {site.name: OVERSAMPLE * site.rank for site in wanted.sites}
         yield sketch_with_warning(wanted.model, layers, data, widths, wanted.loss)
     else:
-        groups = groups_within(layers, wanted.memory_budget or AUTO_BUDGET)
+        groups = groups_within(layers, AUTO_BUDGET if wanted.memory_budget is None else wanted.memory_budget)
         yield from exact_in_groups(wanted.model, groups, data, wanted.loss)
 
 
@@ -192,6 +196,12 @@ def _evidence(wanted: _Wanted, given: Seen | None) -> Iterator[Seen]:
     missing = [site.name for site in wanted.sites if site.name not in given]
     if missing:
         raise EvidenceError(f"evidence lacks {len(missing)} of {len(wanted.sites)} sites, the first is {missing[0]!r}")
+    for site in wanted.sites:
+        if not isinstance(given[site.name], EVIDENCE[wanted.init.needs]):
+            raise EvidenceError(
+                f"{site.name}: init {type(wanted.init).__name__} starts from {wanted.init.needs}, found a "
+                f"{type(given[site.name]).__name__}; collect that, or pass batches"
+            )
     yield given
 
 
@@ -243,6 +253,11 @@ def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
 
 def _build(weight: Tensor, site: Site, spec: LoRA, start: Start, generator: torch.Generator) -> FoldableLayer:
     assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
+    if start.A.shape != (site.rank, site.shape[1]) or start.B.shape != (site.shape[0], site.rank):
+        raise EvidenceError(
+            f"{site.name}: the evidence is that of another layer: it gives B {tuple(start.B.shape)} and A "
+            f"{tuple(start.A.shape)}, expected [{site.shape[0]}, {site.rank}] and [{site.rank}, {site.shape[1]}]"
+        )
     start = spec.variant.own_start(start, generator, default=isinstance(spec.init, Kaiming))
     if not bool(start.A.any()) and not bool(start.B.any()):
         raise SpecError(
@@ -294,6 +309,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         AttachError: the model carries no adapter (of that name).
     """
     owner, record = host(model)
+    if not all(slot.enabled for slot in slots(model).values()):
+        raise AttachError("the adapters are disabled for a moment: leave the block of rankwise.disabled(model) first")
     if name is not None and set(record.specs) != {name}:
         _detach_one(model, adapter_name(model, name))
         return model
@@ -308,6 +325,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def _detach_one(model: nn.Module, name: str) -> None:
+    forget_compiled()
     owner, record = host(model)
     drop_copies(owner, name)
     for slot in slots(model).values():

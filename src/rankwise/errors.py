@@ -14,7 +14,8 @@ RankwiseError
 │   ├── BrokenFile          truncated, not safetensors, not JSON
 │   ├── UnsupportedAdapter  well-formed, but of a kind that is not read here
 │   ├── UnsafeFile          pickle: refused, never opened
-│   └── BaseMismatch        written for another base model
+│   ├── BaseMismatch        written for another base model
+│   └── SpecMismatch        a run's state that was saved with another spec
 ├── MergeError              folding would lose or corrupt something
 ├── PretrainedError         no pretrained model can be loaded under that name
 ├── DataError               training data that cannot be used
@@ -94,6 +95,10 @@ class UnsafeFile(CheckpointError):
 
 class BaseMismatch(CheckpointError):
     """The adapter was written for another base model."""
+
+
+class SpecMismatch(CheckpointError):
+    """A run's state was saved with another spec than the one it is to go on with."""
 
 
 class MergeError(RankwiseError, RuntimeError):

@@ -32,8 +32,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file."""
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    """A safetensors file; tensors that are tied are written once each."""
+    plain: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        plain[key] = own.clone() if own.data_ptr() in places else own
+        places.add(plain[key].data_ptr())
     write_file(path, to_bytes(plain, {"format": "pt", **metadata}))
 
 

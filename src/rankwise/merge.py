@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankwise.errors import MergeError
 from rankwise.layers import is_quantised, parameter_owners
 from rankwise.shapes import Float, Shaped
-from rankwise.slots import Slot, host, put_slot, remove_slot, slots, uninstall
+from rankwise.slots import Slot, forget_compiled, host, put_slot, remove_slot, slots, uninstall
 from rankwise.variants import FoldableLayer
 
 
@@ -70,6 +70,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
         raise MergeError("no adapter is active, so there is nothing to merge: call rankwise.activate(model, name)")
     _check_changes_of_weight(active)
     _check_unshared(owner, active)
+    forget_compiled()
     folded = {path: _fold(owner.get_submodule(path), slot) for path, slot in active.items()}
     for path, slot in slots(owner).items():
         layer: Any = owner.get_submodule(path)
@@ -159,6 +160,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     owner, record = host(model)
     if not record.merged:
         raise MergeError("this model is not merged")
+    forget_compiled()
     for path, weight, slot in record.merged:
         layer: Any = owner.get_submodule(path)
         layer.weight.data = weight.to(layer.weight)  # the model may have moved or been cast since

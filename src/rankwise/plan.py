@@ -9,6 +9,7 @@ from torch import nn
 from rankwise.errors import SpecError, TargetError
 from rankwise.layers import EmbeddingKind, kind_of
 from rankwise.registry import nearest
+from rankwise.saved import SAVED, SLOT
 from rankwise.sites import Site
 from rankwise.spec import LoRA
 from rankwise.variants import Variant
@@ -102,7 +103,7 @@ def target_layers(
             f"the model is itself a {type(model).__name__}, so its layer has no name to save an adapter under; "
             f"expected layers inside a model: wrap it, as torch.nn.Sequential(layer) does"
         )
-    modules = dict(model.named_modules())
+    modules = _base_modules(model)
     saved = {name for name in modules for keep in saved_whole if under(keep, name)}
     matched = _select(modules, targets, _output_heads(model))
     left_out = _matches("exclude_modules", modules, excluded) if excluded else set()
@@ -112,13 +113,19 @@ def target_layers(
     return chosen
 
 
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path → module, without what adapters have put there."""
+    own = {SLOT, SAVED}
+    return {name: module for name, module in model.named_modules() if own.isdisjoint(name.split("."))}
+
+
 def modules_saved_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """Module path → module for ``modules_to_save``, in the model's order; one inside another is part of that.
 
     Raises:
         TargetError: a name matches no module, or a mere list of modules.
     """
-    modules = dict(model.named_modules())
+    modules = _base_modules(model)
     matched = _matches("modules_to_save", modules, tuple(names))
     for name in matched:
         if isinstance(modules[name], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):

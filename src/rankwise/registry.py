@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from rankwise.errors import SpecError
@@ -45,7 +45,7 @@ def _build(table: Mapping[str, Entry], options: dict[str, Any], what: str) -> An
         raise SpecError(f"{what}: expected one of {', '.join(table)}, found {name!r}{hint}")
     cls = table[name].cls
     defaults = cls()
-    known = cls.__dataclass_fields__
+    known = [field.name for field in fields(cls)]
     for key, value in options.items():
         if key not in known:
             raise SpecError(f"{what} {name!r}: unknown option {key!r}, known: {sorted(known)}{nearest(key, known)}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import AttachError
 
+SLOT = "rankwise"  # the child module's name on an adapted layer
 SAVED = "rankwise_saved"  # the child module's name on a module that owns such tensors
 
 
@@ -72,7 +73,7 @@ def check_copyable(path: str, module: nn.Module) -> None:
             raise AttachError(
                 f"{path}: {name} is {parameter.dtype}, which cannot be trained whole; load it unquantised"
             )
-        if "rankwise" in name.split("."):
+        if SLOT in name.split("."):
             raise AttachError(
                 f"{path}: an adapter sits inside ({name}); detach it, or take {path} from modules_to_save"
             )

@@ -4,6 +4,7 @@ A layer keeps its class, its keys and its quantised kernel. What the library kno
 per adapted layer) and in one plain record on the module that ``attach`` was called with.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +16,10 @@ from torch import Tensor, nn
 
 from rankwise.errors import AttachError, SiteNeverFired
 from rankwise.registry import nearest
-from rankwise.saved import add_copies, remove_saved, saved_tensors, show_copies, show_originals
+from rankwise.saved import SLOT, add_copies, remove_saved, saved_tensors, show_copies, show_originals
 from rankwise.spec import Bottleneck, LoRA
 from rankwise.variants import AdapterLayer, FoldableLayer
 
-SLOT = "rankwise"  # the child module's name on an adapted layer
 _RECORD = "_rankwise_record"  # the plain attribute on the model
 _RAN = "_rankwise_ran"  # a mark on the parents of sites, during the first forward
 
@@ -96,6 +96,18 @@ def find_record(model: nn.Module) -> tuple[nn.Module, Record] | None:
     return None
 
 
+def root(model: nn.Module) -> nn.Module:
+    """The module that carries the record, or would: a model that ``torch.compile`` wrapped is that inside."""
+    found = find_record(model)
+    return found[0] if found else getattr(model, "_orig_mod", model)
+
+
+def forget_compiled() -> None:
+    """Let compiled models be compiled anew: torch does not look whether hooks came or went since."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def host(model: nn.Module) -> tuple[nn.Module, Record]:
     """Like :func:`find_record` on a model that must carry an adapter.
 
@@ -128,13 +140,13 @@ def adapter_name(model: nn.Module, name: str | None) -> str:
     return name
 
 
-def check_new_name(model: nn.Module, name: str) -> None:
+def check_new_name(model: nn.Module, name: Any) -> None:
     """Refuse a name under which no new adapter can be put on this model.
 
     Raises:
         AttachError: the name is malformed or taken, or the model can carry no adapter now.
     """
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AttachError(
             f"adapter name {name!r} cannot be used: it must be non-empty, without dots, and not the name of a method "
             f"of torch.nn.ModuleDict; choose another"
@@ -194,8 +206,9 @@ def install(
     Args:
         saved: modules to train whole, with the values to start from or None for their own.
     """
+    forget_compiled()
     found = find_record(model)
-    owner, record = found if found else (model, Record())
+    owner, record = found if found else (root(model), Record())
     if found is None:
         record.base_flags = {path: p.requires_grad for path, p in owner.named_parameters()}
         setattr(owner, _RECORD, record)
@@ -249,6 +262,7 @@ def uninstall(model: nn.Module) -> None:
 
     A module that was trained whole keeps what it shows.
     """
+    forget_compiled()
     owner, record = host(model)
     for saved in saved_tensors(owner).values():
         remove_saved(owner, saved)

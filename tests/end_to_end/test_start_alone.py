@@ -44,7 +44,7 @@ def test_init_writes_the_untrained_adapter_and_keeps_the_gradients(recipe, tmp_p
     done = rankwise("init", recipe)
     assert done.exit_code == 0, done.output
     assert "The untrained adapter is in" in done.output
-    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "run" / "start" / "adapter_model.safetensors")
     changes = [tensors[key.replace("lora_A", "lora_B")] @ A for key, A in tensors.items() if "lora_A" in key]
     assert changes and all(not bool(change.any()) for change in changes)
     before = (tmp_path / "gradients.safetensors").stat().st_mtime_ns
@@ -92,7 +92,7 @@ def test_methods_of_collecting_start_alike(recipe, tmp_path):
         out = tmp_path / method
         done = rankwise("init", recipe, "--init-method", method, "--init-cache", "null", "--output-dir", out)
         assert done.exit_code == 0, done.output
-        starts[method] = load_file(out / "adapter" / "adapter_model.safetensors")
+        starts[method] = load_file(out / "start" / "adapter_model.safetensors")
     assert starts["exact"].keys() == starts["sketch"].keys()
     assert all(starts["sketch"][key].shape == tensor.shape for key, tensor in starts["exact"].items())
     assert any(not torch.equal(starts["sketch"][key], tensor) for key, tensor in starts["exact"].items())
@@ -113,7 +113,7 @@ def test_two_processes_through_accelerate_launch(recipe, tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("held-out loss") <= 1
-    assert run.stdout.count("training loss") == 1
+    assert run.stdout.count("loss curve") == 1
     metrics = yaml.safe_load((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["steps"] == 2 and metrics["processes"] == 2
     assert load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")

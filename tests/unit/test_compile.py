@@ -6,6 +6,7 @@ In a process of its own: the shape checker that the tests install on rankwise is
 import copy
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -70,6 +71,43 @@ def a_compiled_wrapper_is_seen_through() -> None:
     assert sorted(model.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
 
 
+def adapters_that_come_and_go_later_are_followed() -> None:
+    """On a model that has been compiled, and has run, before."""
+    adapter, x = _model("pissa", "lora", 0.0)
+    pretrained = copy.deepcopy(adapter)
+    rw.detach(pretrained)
+    expected, plain = adapter(x), pretrained(x)
+    assert not torch.allclose(expected, plain)
+    model = copy.deepcopy(pretrained).requires_grad_(False)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain)
+    with tempfile.TemporaryDirectory() as directory:
+        rw.save(adapter, directory)
+        rw.load(model, directory, trainable=True)
+    torch.testing.assert_close(compiled(x), expected)
+    compiled(x).sum().backward()
+    assert all(p.grad is not None for p in rw.trainable_parameters(model))
+    for step, value in ((rw.merge, expected), (rw.unmerge, expected), (rw.detach, plain)):
+        step(model)
+        torch.testing.assert_close(compiled(x), value)
+
+
+def the_wrapper_itself_may_be_handed_over() -> None:
+    adapter, x = _model("kaiming", "lora", 0.0)
+    model = copy.deepcopy(adapter)
+    rw.detach(model)
+    plain = model(x)
+    compiled = torch.compile(model, backend="aot_eager")
+    rw.attach(compiled, rw.LoRA(rank=2))
+    assert [p.name for p in rw.pairs(compiled)] == ["0", "2"]
+    with tempfile.TemporaryDirectory() as directory:
+        rw.save(compiled, directory)
+    rw.merge(compiled)
+    rw.detach(compiled)
+    torch.testing.assert_close(compiled(x), plain)
+    assert sorted(model.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+
+
 CASES = {
     **{
         f"{init}-{variant}": (same_as_without, init, variant)
@@ -77,6 +115,8 @@ CASES = {
         for variant in rw.variants.VARIANTS
     },
     "dropout": (dropout_still_drops,),
+    "later": (adapters_that_come_and_go_later_are_followed,),
+    "bare wrapper": (the_wrapper_itself_may_be_handed_over,),
     "wrapper": (a_compiled_wrapper_is_seen_through,),
 }
 

@@ -23,7 +23,8 @@ def data(seed: int = 0) -> list[dict[str, object]]:
 
 
 def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    calls.append(1)
+    if torch.is_grad_enabled():  # a pass that collects; the loss is also valued once without
+        calls.append(1)
     return model(batch["x"]).square().sum()
 
 
@@ -56,6 +57,7 @@ def test_other_weights_batches_or_settings_are_refused(options: dict[str, object
         (network(), data()[:2], {}, "other batches"),
         (network(), data(), {"method": other}, "other settings.*expected.*found"),
         (network(), data(), {"target_modules": ["0"]}, "other settings"),
+        (network(), data(), {"loss": lambda model, batch: 100.0 * loss(model, batch)}, "another loss"),
     ]
     for model, batches, change, message in cases:
         with pytest.raises(EvidenceError, match=message):

@@ -27,6 +27,7 @@ LAYERS = (
     {"optim", "analysis"},
     {"train", "compare", "serve", "report"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # `rankwise/__init__.py` gathers the core, so it stands between the core and what is built on it.

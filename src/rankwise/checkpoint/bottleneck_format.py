@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapter import base_probes
+from rankwise.adapter import base_probes, read_probes
 from rankwise.checkpoint.peft_format import CONFIG, TENSORS
 from rankwise.errors import BaseMismatch, BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
@@ -58,7 +58,7 @@ def read_bottlenecks(
     layers = {
         path: _restore(model, spec, path, found, folder / TENSORS) for path, found in _by_site(tensors, folder).items()
     }
-    return spec, layers, {path: tuple(values) for path, values in config.get("base_probe", {}).items()}
+    return spec, layers, read_probes(folder / CONFIG, config)
 
 
 def _by_site(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:

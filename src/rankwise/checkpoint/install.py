@@ -18,7 +18,7 @@ from rankwise.plan import modules_saved_whole, under
 from rankwise.registry import nearest
 from rankwise.saved import SAVED, check_copyable, copied_values
 from rankwise.sites import Site
-from rankwise.slots import adapter_layers, adapter_name, check_new_name, find_record, host, install, switched_off
+from rankwise.slots import adapter_layers, adapter_name, check_new_name, host, install, root, switched_off
 from rankwise.spec import Bottleneck
 from rankwise.variants import FoldableLayer, Variant
 
@@ -68,12 +68,11 @@ def load(
     check_new_name(model, name)
     if trainable:
         forbid_repacking(model)
-    found = find_record(model)
-    owner = found[0] if found else model
+    owner = root(model)
     if read_json(Path(directory) / CONFIG).get("peft_type") == PEFT_TYPE:
         bottleneck, layers, probes = read_bottlenecks(owner, directory)
         if not allow_other_base:
-            _check_base(owner, probes, None, directory)
+            _check_base(owner, probes, None, directory, quantised=False)
         install(owner, name, bottleneck, layers, trainable=trainable)
         return model
     adapter = read_adapter(directory)
@@ -86,7 +85,7 @@ def load(
         for path, site in adapter.sites.items()
     }
     if not allow_other_base:
-        _check_base(owner, adapter.base_probe, adapter.base_model, directory)
+        _check_base(owner, adapter.base_probe, adapter.base_model, directory, quantised=adapter.base_quantised)
     saved = _saved_whole(owner, adapter, Path(directory) / TENSORS)
     install(owner, name, adapter.spec, built, trainable=trainable, saved=saved)
     return model
@@ -202,14 +201,27 @@ def _check_fits(layer: Any, kind: Kind, path: str, site: SiteAdapter, directory:
 
 
 def _check_base(
-    model: nn.Module, probes: Mapping[str, tuple[float, ...]], base_model: str | None, directory: str | Path
+    model: nn.Module,
+    probes: Mapping[str, tuple[float, ...]],
+    base_model: str | None,
+    directory: str | Path,
+    *,
+    quantised: bool,
 ) -> None:
-    """Compare the recorded probe of the base with this model's weights, with room for rounding to bf16 or 4 bits."""
+    """Compare the recorded probe of the base with this model's weights, with room for rounding to bf16 or 4 bits.
+
+    Args:
+        quantised: whether the recorded base was.
+    """
+    modules = dict(model.named_modules())
+    strays = [path for path in probes if path not in modules or kind_of(modules[path]) is None]
+    if strays:
+        raise BaseMismatch(f"{directory}: records base weights of {strays[0]!r}, no layer of this model that could be")
     with switched_off(model):
         for path, recorded in probes.items():
             layer: Any = model.get_submodule(path)
             there, here = torch.tensor(recorded), torch.tensor(probe(layer))
-            room = 0.25 if is_quantised(layer) else 0.02
+            room = 0.25 if quantised or is_quantised(layer) else 0.02
             gap = float((there - here).norm() / there.norm().clamp_min(1e-30))
             if gap > room:
                 raise BaseMismatch(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.adapter import Adapter, SiteAdapter
+from rankwise.adapter import Adapter, SiteAdapter, read_probes
 from rankwise.checkpoint import adalora_format
 from rankwise.errors import (
     BrokenFile,
@@ -81,6 +81,7 @@ def _extra(adapter: Adapter) -> dict[str, Any]:
         "spec": adapter.spec.to_dict(),
         "sites": list(adapter.sites),
         "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
+        "base_quantised": adapter.base_quantised,
     }
 
 
@@ -169,18 +170,27 @@ def read_adapter(directory: str | Path) -> Adapter:
     missing = [path for path in extra.get("sites", ()) if path not in sites]
     if missing:
         raise MissingTensor(f"{folder / TENSORS}: no tensors for {missing[0]}, which {EXTRA} lists; it is incomplete")
-    probes = {path: tuple(values) for path, values in extra.get("base_probe", {}).items()}
+    probes = read_probes(folder / EXTRA, extra)
     whole = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
-    return Adapter(spec, sites, _targets(where, config), probes, config.get("base_model_name_or_path"), whole)
+    return Adapter(
+        spec,
+        sites,
+        _targets(where, config),
+        probes,
+        config.get("base_model_name_or_path"),
+        whole,
+        extra.get("base_quantised") is True,
+    )
 
 
 def _check_extra(where: Path, extra: Mapping[str, Any]) -> None:
-    listed, probes = extra.get("sites", []), extra.get("base_probe", {})
-    sound = isinstance(listed, list) and isinstance(probes, dict)
-    if not sound or not all(isinstance(v, list) and all(type(x) in (int, float) for x in v) for v in probes.values()):
+    version, listed = extra.get("format_version", FORMAT_VERSION), extra.get("sites", [])
+    if version != FORMAT_VERSION:
         raise BrokenFile(
-            f"{where}: expected a list of sites and lists of numbers under base_probe; delete it or save anew"
+            f"{where}: format_version is {version!r}, expected {FORMAT_VERSION}; a newer rankwise wrote it"
         )
+    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
+        raise BrokenFile(f"{where}: expected a list of module names under sites; delete the file or save anew")
 
 
 def _check_supported(where: Path, config: Mapping[str, Any]) -> None:

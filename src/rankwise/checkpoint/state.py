@@ -4,17 +4,38 @@ The portable file holds effective factors; a run that started from a pair trains
 are kept here bit for bit.
 """
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from rankwise.errors import MissingTensor, ShapeMismatch, UnexpectedTensor
+from rankwise.errors import MissingTensor, ShapeMismatch, SpecMismatch, UnexpectedTensor
 from rankwise.files import read_tensors, write_tensors
 from rankwise.saved import copied_values
-from rankwise.slots import adapter_layers, adapter_name
+from rankwise.slots import adapter_layers, adapter_name, host
 
 STATE = "rankwise_state.safetensors"
+
+
+_SPEC = "rankwise_spec"
+
+
+def _spec(model: nn.Module, name: str | None) -> str:
+    return json.dumps(host(model)[1].specs[adapter_name(model, name)].to_dict(), sort_keys=True)
+
+
+def _check_spec(path: Path, expected: str) -> None:
+    with safe_open(path, framework="pt") as stream:
+        found = json.loads((stream.metadata() or {}).get(_SPEC, "{}"))
+    wanted = json.loads(expected)
+    other = [key for key in wanted if found.get(key) != wanted[key]]
+    if other:
+        raise SpecMismatch(
+            f"{path}: was saved with {other[0]}={found.get(other[0])!r}, this adapter has {wanted[other[0]]!r}"
+            f"{f' (and {len(other) - 1} more differ)' if other[1:] else ''}; go on with the spec it was trained with"
+        )
 
 
 def _tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
@@ -26,7 +47,7 @@ def _tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
 
 def save_state(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:
     """Write the trained tensors and anchors of an adapter to ``rankwise_state.safetensors``."""
-    write_tensors(Path(directory) / STATE, _tensors(model, name), {})
+    write_tensors(Path(directory) / STATE, _tensors(model, name), {_SPEC: _spec(model, name)})
 
 
 def load_state(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:
@@ -34,6 +55,7 @@ def load_state(model: nn.Module, directory: str | Path, *, name: str | None = No
 
     Raises:
         BrokenFile, NonFiniteTensor: the file cannot be trusted.
+        SpecMismatch: it was saved with another spec.
         MissingTensor, UnexpectedTensor, ShapeMismatch: it belongs to another adapter.
     """
     path = Path(directory) / STATE
@@ -49,6 +71,7 @@ def load_state(model: nn.Module, directory: str | Path, *, name: str | None = No
                 f"{path}: {key} is {tuple(saved[key].shape)} {saved[key].dtype}, "
                 f"expected {tuple(tensor.shape)} {tensor.dtype}"
             )
+    _check_spec(path, _spec(model, name))
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])

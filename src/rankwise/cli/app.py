@@ -119,7 +119,7 @@ def init(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     console = _console()
     loaded = run.load(wanted, console)
     run.show_plan(loaded, console)
-    adapter = run.save_adapter(run.prepare(loaded, console))
+    adapter = run.save_adapter(run.prepare(loaded, console), "start")
     console.print(f"The untrained adapter is in {adapter}", highlight=False)
 
 

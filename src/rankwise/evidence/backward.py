@@ -32,14 +32,22 @@ def run_backward(
     count = 0
     with undisturbed(model), hooked(layers, lambda name, kind: _capture(name, kind, observe)), torch.enable_grad():
         for count, batch in enumerate(each_batch(batches), 1):
-            value = loss_of(model, batch)
+            value = _single(loss_of(model, batch), count - 1)
             if not bool(torch.isfinite(value)):
-                found = float(value.detach())
-                raise NonFiniteGradient(f"batch {count - 1}: the loss is {found}; expected a finite number")
+                raise NonFiniteGradient(
+                    f"batch {count - 1}: the loss is {float(value.detach())}; expected a finite number"
+                )
             if not value.requires_grad:
                 raise NoGradient(f"batch {count - 1}: the loss depends on none of the {len(layers)} adapted layers")
             value.backward()  # type: ignore[no-untyped-call]
     return count
+
+
+def _single(value: Any, number: int) -> Tensor:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value
+    found = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise EvidenceError(f"batch {number}: the loss is a {found}; expected a tensor of one number")
 
 
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:

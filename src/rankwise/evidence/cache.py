@@ -19,7 +19,12 @@ from rankwise.files import read_tensors, write_tensors
 Gradients = Mapping[str, ExactGradient] | Mapping[str, SketchedGradient]
 Fingerprint = dict[str, str]
 _KEY = "rankwise_gradients"
-_WHAT = {"weights": "base weights", "data": "batches", "settings": "settings"}
+_WHAT = {
+    "weights": "other base weights",
+    "data": "other batches",
+    "settings": "other settings",
+    "loss": "another loss function",
+}
 
 
 def cached(path: Path, found: Fingerprint, collect: Callable[[], Gradients]) -> Gradients:
@@ -103,7 +108,7 @@ def _check(path: Path, expected: Fingerprint) -> None:
     for key, what in _WHAT.items():
         if found.get(key) != expected[key]:
             raise EvidenceError(
-                f"{path}: the gradients in it were collected with other {what}: expected {expected[key]}, found "
+                f"{path}: the gradients in it were collected with {what}: expected {expected[key]}, found "
                 f"{found.get(key)}; delete the file to collect anew, or name another cache"
             )
 

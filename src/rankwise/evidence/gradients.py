@@ -12,7 +12,7 @@ from rankwise.errors import EvidenceError
 from rankwise.evidence.backward import Loss
 from rankwise.evidence.cache import Gradients, cached, fingerprint
 from rankwise.evidence.exact import ExactGradient, exact_gradients, gradient_bytes, groups_within
-from rankwise.evidence.passes import each_batch
+from rankwise.evidence.passes import each_batch, undisturbed
 from rankwise.evidence.sketch import SketchedGradient, sketched_gradients
 from rankwise.plan import target_layers
 from rankwise.registry import nearest
@@ -87,8 +87,15 @@ def gradients(
     if cache is None:
         return collect(batches)
     listed = batches if isinstance(batches, Sequence) else list(each_batch(batches))
-    settings |= {"layers": list(layers), "loss": getattr(loss, "__qualname__", str(type(loss)))}
-    return cached(Path(cache), fingerprint(model, listed, settings), lambda: collect(listed))
+    found = fingerprint(model, listed, settings | {"layers": list(layers)})
+    found["loss"] = "" if loss is None else _first_value(model, listed, loss)
+    return cached(Path(cache), found, lambda: collect(listed))
+
+
+def _first_value(model: nn.Module, batches: Iterable[Any], loss: Loss) -> str:
+    """By which another loss function is recognised, whatever its name: its value on the first batch."""
+    with undisturbed(model), torch.no_grad():
+        return f"{float(loss(model, next(iter(each_batch(batches))))):.3e}"
 
 
 def _exact(

@@ -20,6 +20,8 @@ def each_batch(batches: Iterable[Any]) -> Iterator[Any]:
         raise EvidenceError(
             f"batches must be an iterable of batches, found one {type(batches).__name__}; wrap it in a list"
         )
+    if not isinstance(batches, Iterable):
+        raise EvidenceError(f"batches must be an iterable of batches, found {batches!r}; give a list or a DataLoader")
     empty = True
     for batch in batches:
         empty = False

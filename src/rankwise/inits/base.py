@@ -48,6 +48,15 @@ class CovarianceEvidence(Protocol):
         """C = Σ x xᵀ / n."""
 
 
+# What evidence of each kind must be.
+EVIDENCE: dict[EvidenceNeed, type[Any]] = {
+    "nothing": object,
+    "gradients": GradientEvidence,
+    "activations": ActivationEvidence,
+    "covariance": CovarianceEvidence,
+    "weights": Tensor,
+}
+
 Triplets = tuple[Float[Tensor, "out r"], Float[Tensor, " r"], Float[Tensor, "in r"]]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
-from rankwise.errors import DataError
+from rankwise.errors import DataError, RecipeError
 from rankwise.train.adalora_callback import AdaLoraCallback
 from rankwise.train.curve import points
 from rankwise.train.data import Data, load_records
@@ -33,11 +33,15 @@ class Classification(Task):
     def load(self, recipe: Recipe) -> Loaded:
         name, records = load_records(recipe.data, data_format=recipe.data_format)
         _check_form(name)
+        if recipe.quantization != "none":
+            raise RecipeError(
+                f"`quantization`: expected none with task classification, found {recipe.quantization}: its new "
+                f"head would be quantised before it is trained"
+            )
         model, tokenizer, head = load_classifier(
             recipe.model,
             _label_names(records, recipe.data),
             dtype=recipe.dtype,
-            quantization=recipe.quantization,
             seed=recipe.seed,
         )
         whole = list(dict.fromkeys([*recipe.modules_to_save, *head]))

@@ -176,8 +176,18 @@ def _parse(line: bytes, where: str) -> Record:
         raise DataError(
             f"{where}: expected one JSON object, found {_short(line.decode())}: {error.msg} at column {error.colno}."
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: expected one JSON object of ordinary size, found {_short(line.decode())}: {error}"
+        ) from None
     if not isinstance(record, dict):
         raise _wrong(where, "a JSON object with named fields", record)
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: expected text, found half of a surrogate pair ({error}); re-encode the file"
+        ) from None
     return record
 
 

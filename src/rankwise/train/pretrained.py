@@ -82,7 +82,6 @@ def load_classifier(
     labels: Sequence[str],
     *,
     dtype: str | torch.dtype = "auto",
-    quantization: str = "none",
     seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
     """Load a model with one output for each label.
@@ -104,7 +103,6 @@ def load_classifier(
             TASKS["classification"],
             name_or_path,
             dtype=dtype,
-            quantization_config=QUANTIZATIONS[quantization](),
             id2label={number: label for label, number in numbers.items()},
             label2id=numbers,
             problem_type="single_label_classification",

@@ -122,7 +122,7 @@ class TrainingFields(_Section):
     per_device_eval_batch_size: Positive = Field(8, description="Samples an evaluation step and device.")
     gradient_accumulation_steps: Positive = Field(1, description="Batches added up before an optimizer step.")
     num_train_epochs: float = Field(3.0, gt=0, description="Passes over the data; max_steps overrides it.")
-    max_steps: int = Field(-1, description="Optimizer steps; -1 leaves it to num_train_epochs.")
+    max_steps: Positive | Literal[-1] = Field(-1, description="Optimizer steps; -1 leaves it to num_train_epochs.")
     lr_scheduler_type: str = Field("linear", description="Learning-rate schedule: linear, cosine, constant ...")
     warmup_steps: float = Field(0, ge=0, description="Steps of warm-up; below 1, a share of all steps.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay: pulls towards the pretrained model.")

@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
+from rankwise.errors import CheckpointError
 from rankwise.train import start
 from rankwise.train.card import save_model_card
 from rankwise.train.causal_lm import CausalLM
@@ -99,6 +100,7 @@ def load(recipe: Recipe, console: Console) -> Loaded:
 
 def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
     """Check the data, and attach the adapter at its start."""
+    _checkpoint(loaded.recipe)  # whose absence should not wait for the start
     prepared = check(loaded, console, title)
     start.attach(loaded, prepared.batches, console)
     return prepared
@@ -127,9 +129,9 @@ def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
     console.print(advice_text(advice, path), highlight=False)
 
 
-def save_adapter(prepared: Prepared) -> Path:
-    """Save the adapter as it is now, with what belongs to it; returns where."""
-    adapter = Path(prepared.recipe.output_dir) / "adapter"
+def save_adapter(prepared: Prepared, name: str = "adapter") -> Path:
+    """Save the adapter as it is now, with what belongs to it, under a name in the run's directory; returns where."""
+    adapter = Path(prepared.recipe.output_dir) / name
     rw.save(prepared.model, adapter)
     prepared.tokenizer.save_pretrained(adapter)
     TASKS[prepared.recipe.task].save(prepared.loaded, adapter)
@@ -173,6 +175,8 @@ def _checkpoint(recipe: Recipe) -> str | None:
     choice = recipe.resume_from_checkpoint
     if choice is True:
         return newest_checkpoint(recipe.output_dir)
+    if choice and not Path(choice).is_dir():
+        raise CheckpointError(f"{choice}: no such directory; expected a checkpoint of the run to resume")
     return choice or None
 
 

@@ -77,7 +77,8 @@ def summary(metrics: dict[str, Any], adapter: Path, curve: Path) -> Table:
         table.add_row("held-out loss", f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}")
     if "accuracy_after" in metrics:
         table.add_row("held-out accuracy", f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}")
-    table.add_row("training loss", f"{metrics['train_loss_first']:.4f} → {metrics['train_loss_last']:.4f}")
+    if metrics["train_loss_first"] != metrics["train_loss_last"]:  # else it was logged once only
+        table.add_row("training loss", f"{metrics['train_loss_first']:.4f} → {metrics['train_loss_last']:.4f}")
     table.add_row("steps", f"{metrics['steps']} in {metrics['train_seconds']:.0f} s")
     table.add_row("adapter", str(adapter))
     table.add_row("loss curve", str(curve))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from trl import SFTConfig, SFTTrainer
 
 import rankwise as rw
 from rankwise.checkpoint import load_state, save_state
-from rankwise.errors import CheckpointError, TrainingError
+from rankwise.errors import CheckpointError, RecipeError, TrainingError
+from rankwise.slots import find_record
 
 # What `Trainer` writes beside the weights. A resume without one of them goes on from another state than
 # the one that was saved, so each is asked for before anything is loaded.
@@ -70,6 +72,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             )
         return loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Before the first step it is the pretrained model that is evaluated, also where the start changes it."""
+        before_training = self.state.global_step == 0 and find_record(self.model) is not None
+        with rw.disabled(self.model) if before_training else nullcontext():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -86,6 +95,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 f"{directory}: cannot resume exactly, {', '.join(missing)} not found there. Resume from another "
                 "checkpoint, or start anew from its adapter."
             )
+        _check_unfinished(directory, self.args.max_steps)
         load_state(self.model if model is None else model, directory)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -103,6 +113,15 @@ def _announced(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model._hf_peft_config_loaded = before
+
+
+def _check_unfinished(directory: Path, max_steps: int) -> None:
+    done = json.loads((directory / "trainer_state.json").read_text())["global_step"]
+    if 0 < max_steps <= done:
+        raise CheckpointError(
+            f"{directory}: holds step {done} of a run to step {max_steps}, so nothing is left to train; raise "
+            f"max_steps, or take the adapter in it"
+        )
 
 
 class LanguageTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]
@@ -138,13 +157,24 @@ _OURS = ("resume_from_checkpoint", "gradient_checkpointing")
 
 def sft_config(training: dict[str, Any], *, max_length: int | None, seed: int, has_eval: bool) -> SFTConfig:
     """Recipe fields as TRL's configuration."""
-    return SFTConfig(**_arguments(training, seed, has_eval), max_length=max_length)
+    with _refusals():
+        return SFTConfig(**_arguments(training, seed, has_eval), max_length=max_length)
 
 
 def training_arguments(training: dict[str, Any], *, seed: int, has_eval: bool) -> TrainingArguments:
     """Recipe fields as transformers' configuration."""
     # Not "group_by_length": its order comes from the global random state, so that a resumed run would see another.
-    return TrainingArguments(**_arguments(training, seed, has_eval))
+    with _refusals():
+        return TrainingArguments(**_arguments(training, seed, has_eval))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """transformers' own checks of the training fields, as errors in the recipe."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"training fields: transformers refuses them: {error}") from None
 
 
 def _arguments(training: dict[str, Any], seed: int, has_eval: bool) -> dict[str, Any]:
@@ -163,5 +193,6 @@ def _arguments(training: dict[str, Any], seed: int, has_eval: bool) -> dict[str,
         "logging_nan_inf_filter": False,
         "logging_first_step": True,
         "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }

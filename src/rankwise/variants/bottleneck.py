@@ -30,8 +30,10 @@ class BottleneckLayer(AdapterLayer):
         super().__init__(site, kind, dropout)
         out = site.shape[0]
         self.activation = activation
-        self.down = nn.Linear(out, site.rank, dtype=dtype, device=device)
-        self.up = nn.Linear(site.rank, out, dtype=dtype, device=device)
+        # nn.Linear draws values, which are replaced, from the global random state.
+        with torch.random.fork_rng(devices=[]):
+            self.down = nn.Linear(out, site.rank, dtype=dtype, device=device)
+            self.up = nn.Linear(site.rank, out, dtype=dtype, device=device)
 
     @torch.no_grad()
     def start(self, generator: Generator) -> "BottleneckLayer":
