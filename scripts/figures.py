@@ -124,7 +124,7 @@ def evidence() -> str:
         [name, f"{cost['seconds'][key]['median']:.0f} s", f"{memory[key]:.0f} MiB"]
         for name, key in (("rankwise, sketch", "sketch"), ("rankwise, exact", "exact"), ("PEFT", "peft"))
     ]
-    times.append(["(two training steps, LoRA)", "", f"{memory['training']:.0f} MiB"])
+    times.append(["(training, LoRA and AdamW)", "", f"{memory['training']:.0f} MiB"])
     storage = quality["numbers stored / exact gradients'"]["factor"]
     return "\n\n".join(
         (

@@ -60,7 +60,9 @@ def attach(
     memory_budget: int | None = None,
     name: str = "default",
 ) -> nn.Module:
-    """Put a new adapter on ``model``, active and trainable, with the base frozen. The model's function is unchanged.
+    """Put a new adapter on ``model``, active and trainable, with the base frozen.
+
+    The model's function is unchanged, but for an init that is meant to change it (``keeps_function`` False).
 
     Args:
         model: any module; it is changed in place (child modules and hooks on the adapted layers, nothing else).

@@ -98,6 +98,34 @@ def test_methods_of_collecting_start_alike(recipe, tmp_path):
     assert any(not torch.equal(starts["sketch"][key], tensor) for key, tensor in starts["exact"].items())
 
 
+def test_settings_that_transformers_refuses_are_errors_in_the_recipe(recipe):
+    for flags, message in (
+        (("--optim", "foo"), "foo"),
+        (("--report-to", "foo"), "foo"),
+        (("--max-steps", 0), "max_steps"),
+        (("--resume-from-checkpoint", "nowhere"), "nowhere: no such directory"),
+    ):
+        refused = rankwise("train", recipe, *flags)
+        assert refused.exit_code == 2, refused.output
+        assert "Error" in refused.output and message in refused.output
+
+
+def test_before_training_it_is_the_pretrained_model_that_is_evaluated(recipe, tmp_path):
+    before = {}
+    for init in ("kaiming", "lora-one"):
+        done = rankwise("train", recipe, "--init", init, "--init-cache", "null", "--eval-split", 8)
+        assert done.exit_code == 0, done.output
+        before[init] = yaml.safe_load((tmp_path / "run" / "metrics.json").read_text())["eval_loss_before"]
+    assert before["lora-one"] == before["kaiming"]
+
+
+def test_a_finished_run_is_not_trained_on_by_a_resume(recipe, tmp_path):
+    assert rankwise("train", recipe, "--save-steps", 2).exit_code == 0
+    refused = rankwise("train", recipe, "--resume-from-checkpoint", "true")
+    assert refused.exit_code == 2
+    assert "holds step 2 of a run to step 2" in refused.output
+
+
 def test_two_processes_through_accelerate_launch(recipe, tmp_path):
     """Each sees batches of its own, both start and stay alike, one writes."""
     # Without a GPU accelerate starts several processes only where it is told of several, or with mpirun.

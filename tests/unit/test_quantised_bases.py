@@ -173,6 +173,17 @@ def test_a_base_that_was_rewritten_for_inference_is_refused_for_training(tmp_pat
     rw.load(base, tmp_path)
 
 
+def test_an_adapter_from_a_4_bit_base_is_known_to_fit_the_full_precision_one(tmp_path: Path) -> None:
+    base = nf4()
+    rw.save(rw.attach(base, rw.LoRA(rank=2, target_modules=sites(base))), tmp_path)
+    rw.load(llama(), tmp_path)
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.normal_()
+    with pytest.raises(rw.errors.BaseMismatch, match=r"expected ≤ 25%"):
+        rw.load(other, tmp_path)
+
+
 def test_merging_into_a_quantised_weight_is_refused(build: Callable[[], nn.Module]) -> None:
     base = build()
     model = rw.attach(base, rw.LoRA(rank=2, target_modules=sites(base)))

@@ -37,9 +37,8 @@ def save_loss_curve(runs: Mapping[str, History], path: Path, title: str, unit: s
         axes.plot(*points(history, "loss"), color=colour, linewidth=1, alpha=0.55, label=f"{prefix}training")
         steps, losses = points(history, "eval_loss")
         if losses:
-            axes.plot(steps, losses, color=colour, linewidth=2.2, marker="o", markersize=5, label=f"{prefix}held out")
-            end = (steps[-1], losses[-1])
-            axes.annotate(f"{losses[-1]:.3f}", end, (7, 0), textcoords="offset points", va="center", color=colour)
+            label = f"{prefix}held out, {losses[-1]:.3f} at the end"
+            axes.plot(steps, losses, color=colour, linewidth=2.2, marker="o", markersize=5, label=label)
     axes.set(title=title, xlabel="optimizer step", ylabel=f"loss ({unit})")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
