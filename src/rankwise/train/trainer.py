@@ -35,7 +35,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *, model: PreTrainedModel, lr_ratio: float | str | None = None, **kwargs: Any) -> None:
         self.lr_ratio = lr_ratio
         self._own_forward = vars(model).get("forward")
-        with _announced(model):
+        with _announced(model), _refusals():
             super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)
 
