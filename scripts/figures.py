@@ -140,6 +140,27 @@ def evidence() -> str:
     )
 
 
+def dora() -> str:
+    found = result("dora_layer")
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        ratios = (row[key] for key in ("rankwise_over_floor", "peft_over_floor", "peft_over_rankwise"))
+        return [f"{each['ratio']:.2f} ({each['min']:.2f}–{each['max']:.2f})" for each in ratios]
+
+    rows = [
+        [f"1024 × 1024, {row['dtype']}, {row['tokens']} tokens, dropout {row['dropout']:g}", *cells(row)]
+        for row in found["layers"]
+    ]
+    step = found["step"]
+    rows.append([f"step of {step['model']}, {step['dtype']}", *cells(step)])
+    head = ["", "rankwise / floor", "PEFT / floor", "PEFT / rankwise"]
+    lora = step["lora_over_floor"]["ratio"]
+    return (
+        table(head, rows)
+        + f"\n\nThe floor is the frozen layer or model; plain LoRA's whole step took {lora:.2f} of it."
+    )
+
+
 def classification() -> str:
     found = result("classification")
     rows = [
@@ -159,7 +180,7 @@ def measured() -> str:
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": methods, "measured": measured},
     "docs/examples.md": {"classification": classification},
-    "docs/methods.md": {"first-step": first_step, "evidence": evidence},
+    "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora},
 }
 
 

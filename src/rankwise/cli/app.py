@@ -1,4 +1,4 @@
-"""The commands. Each imports what it needs when it runs, so that `--help` does not wait for torch."""
+"""The commands. Each imports what it needs when it runs, so that `--help` does not wait for transformers."""
 
 from __future__ import annotations
 
