@@ -1,12 +1,13 @@
 """A LoRA training step on SmolLM2-135M (batch 4 × 128, r = 8, all-linear) beside PEFT's, as a ratio to the floor.
 
-    python benchmarks/training_step.py [--rounds 9] [--threads 1]
+    python benchmarks/training_step.py [--rounds 9] [--threads 1] [--only "float32, dropout 0.0"]
 
 The floor is the frozen model's forward and the backward to its input embeddings. A step is forward + backward; the
 optimizer's own time is the same for all. Also: attach, save, load, merge + restore.
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODEL, batches, interleaved, machine, ratio, seconds, write
+from common import MODEL, RESULTS, batches, interleaved, machine, ratio, seconds, write
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import rankwise as rw
@@ -137,19 +138,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", help='measure one configuration anew, such as "float32, dropout 0.0"')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result: dict[str, Any] = {"what": __doc__, "machine": machine(options.device), "rounds": options.rounds}
+    name = "training_step" if options.device == "cpu" else f"training_step_{options.device}"
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text()) if options.only else {}
+    result |= {"what": __doc__, "machine": machine(options.device)}
     result["clock"] = CLOCK[options.device].__name__
     for dtype in (torch.float32, torch.bfloat16):
         for dropout in (0.0, 0.05):
-            name = f"{str(dtype).removeprefix('torch.')}, dropout {dropout}"
-            result[name] = training_step(dtype, dropout, options.rounds, options.device)
-            print(name, {k: v for k, v in result[name].items() if k != "seconds"}, flush=True)
-    if options.device == "cpu":
+            case = f"{str(dtype).removeprefix('torch.')}, dropout {dropout}"
+            if options.only in (None, case):
+                result[case] = {"rounds": options.rounds} | training_step(
+                    dtype, dropout, options.rounds, options.device
+                )
+                print(case, {k: v for k, v in result[case].items() if k != "seconds"}, flush=True)
+    if options.device == "cpu" and not options.only:
         result["housekeeping"] = housekeeping(options.rounds)
         print(result["housekeeping"])
-    write("training_step" if options.device == "cpu" else f"training_step_{options.device}", result)
+    write(name, result)
 
 
 if __name__ == "__main__":
