@@ -171,7 +171,7 @@ def demo(
 
 @app.command()
 def methods() -> None:
-    """List the initialisations, scales and variants, with their papers."""
+    """List the initialisations, scales, variants and optimizers, with their papers."""
     from rankwise.train.show import methods_tables
 
     for table in methods_tables():

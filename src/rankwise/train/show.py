@@ -16,6 +16,7 @@ import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice
 from rankwise.inits import INITS
 from rankwise.merge import MergeReport
+from rankwise.optim import OPTIMIZERS
 from rankwise.scaling import SCALINGS
 from rankwise.train.generation import Sample
 from rankwise.train.start import ADVISED_RANKS
@@ -99,6 +100,7 @@ def sample_table(sample: Sample) -> Table:
 def methods_tables() -> Iterator[Table]:
     """The tables of methods, as the library holds them."""
     tables: dict[str, Any] = {"init": INITS, "scaling": SCALINGS, "variant": VARIANTS}
+    tables["optimizer (lora-plus: the field lr_ratio; lora-pro: in Python)"] = OPTIMIZERS
     for field, methods in tables.items():
         table = Table("name", "what it does", "paper", title=field, title_justify="left")
         for name, entry in methods.items():
