@@ -195,6 +195,20 @@ def test_the_gradients_are_autograds(structure: Structure) -> None:
         torch.testing.assert_close(evidence.matrix, expected, atol=1e-7, rtol=1e-4, msg=name)
 
 
+def test_a_sketch_as_wide_as_the_gradient_is_the_gradient(structure: Structure) -> None:
+    model, batch = structure.build()
+    targets = structure.targets(model)
+    exact = rw.gradients(model, [batch], targets)
+    found = rw.gradients(model, [batch], targets, "sketch", rank=max(min(each.matrix.shape) for each in exact.values()))
+    for name, truth in exact.items():
+        G, each = truth.matrix, found[name]
+        gap = ((each.U * each.S) @ each.V.T - G).norm() / G.norm()
+        assert float(gap) < 1e-3, (
+            name,
+            float(gap),
+        )  # directions below 1e-4 of the largest are left out: 1e-6 of the energy
+
+
 def test_all_linear_takes_the_body_and_leaves_the_heads() -> None:
     def names(key: str) -> list[str]:
         model, _ = STRUCTURES[key].build()
