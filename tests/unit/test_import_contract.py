@@ -25,13 +25,15 @@ LAYERS = (
     {"evidence", "checkpoint", "merge"},
     {"attach"},
     {"optim", "analysis"},
-    {"train", "compare", "serve", "report"},
+    {"report"},
+    {"train", "compare", "serve"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # `rankwise/__init__.py` gathers the core, so it stands between the core and what is built on it.
-LEVEL["__init__"] = LEVEL["train"] - 0.5
+LEVEL["__init__"] = LEVEL["report"] - 0.5
 
 CORE_NEEDS = sys.stdlib_module_names | {"rankwise", "torch", "safetensors", "numpy"}
 NOT_IN_CORE = (
@@ -52,7 +54,7 @@ def component(path: Path) -> str:
     return path.relative_to(SRC).with_suffix("").parts[0]
 
 
-CORE = [path for path in sorted(SRC.rglob("*.py")) if LEVEL.get(component(path), 0) < LEVEL["train"]]
+CORE = [path for path in sorted(SRC.rglob("*.py")) if LEVEL.get(component(path), 0) < LEVEL["report"]]
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

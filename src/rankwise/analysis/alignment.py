@@ -99,7 +99,19 @@ def first_steps(
     The gradients are those of the model as it is now, adapter included and without dropout; the model is left as it
     was. Arguments and errors as for :func:`first_step_alignment`.
     """
-    _update(optimizer)
+    return every_first_step(model, batches, (optimizer,), loss)[optimizer]
+
+
+def every_first_step(
+    model: nn.Module,
+    batches: Iterable[Any],
+    optimizers: Iterable[str] = tuple(FIRST_UPDATES),
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> dict[str, dict[str, Alignment]]:
+    """Optimizer → site → :func:`alignment`, from one pass over the batches. Else as :func:`first_steps`."""
+    optimizers = tuple(optimizers)
+    for optimizer in optimizers:
+        _update(optimizer)
     host(model)
     found = pairs(model)
     for pair in found:
@@ -110,11 +122,13 @@ def first_steps(
             )
     layers = {pair.name: host(model)[0].get_submodule(pair.name) for pair in found}
     evidence = exact_gradients(model, layers, batches, loss)
-    result = {}
+    result: dict[str, dict[str, Alignment]] = {optimizer: {} for optimizer in optimizers}
     with torch.no_grad():
         for pair in found:
             G = evidence.pop(pair.name).matrix  # freed layer by layer
-            result[pair.name] = alignment(G, pair.A.to(G), pair.B.to(G), pair.scale, optimizer)
+            A, B = pair.A.to(G), pair.B.to(G)
+            for optimizer in optimizers:
+                result[optimizer][pair.name] = alignment(G, A, B, pair.scale, optimizer)
     return result
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rankwise.errors import SpecError
 from rankwise.lowrank import LowRank, truncated_svd
-from rankwise.shapes import Float
+from rankwise.shapes import Float, Int
 
 
 def subspace_similarity(A1: Float[Tensor, "r1 in1"], A2: Float[Tensor, "r2 in2"]) -> Float[Tensor, "r1 r2"]:
@@ -27,14 +27,36 @@ def subspace_similarity(A1: Float[Tensor, "r1 in1"], A2: Float[Tensor, "r2 in2"]
     >>> subspace_similarity(torch.eye(2, 4), torch.eye(3, 4))[1, 2]  # the first 2 axes lie in the first 3
     tensor(1.)
     """
+    overlap, smaller = _overlap("subspace_similarity", A1, A2)
+    return overlap / smaller
+
+
+def grassmann_distance(A1: Float[Tensor, "r1 in1"], A2: Float[Tensor, "r2 in2"]) -> Float[Tensor, "r1 r2"]:
+    """d(i, j) = √(p − Σσ²) with p = min(i, j), at [i − 1, j − 1].
+
+    √p where the subspaces are orthogonal, 0 where one lies in the other. σ are the cosines of the p principal angles
+    between the first i and the first j directions. φ = 1 − d²/p. Arguments and errors: :func:`subspace_similarity`'s.
+
+    >>> import torch
+    >>> grassmann_distance(torch.eye(1, 4), torch.eye(4)[1:2])  # two axes
+    tensor([[1.]])
+    """
+    overlap, smaller = _overlap("grassmann_distance", A1, A2)
+    return (smaller - overlap).clamp_min(0).sqrt()
+
+
+def _overlap(
+    what: str, A1: Float[Tensor, "r1 in1"], A2: Float[Tensor, "r2 in2"]
+) -> tuple[Float[Tensor, "r1 r2"], Int[Tensor, "r1 r2"]]:
+    """‖U₁ⁱᵀ U₂ʲ‖²_F and min(i, j)."""
     if A1.shape[1] != A2.shape[1] or max(A1.shape[0], A2.shape[0]) > A1.shape[1]:
         raise SpecError(
-            f"subspace_similarity: expected [r1, in] and [r2, in] with the same in ≥ r1, r2, "
+            f"{what}: expected [r1, in] and [r2, in] with the same in ≥ r1, r2, "
             f"found {list(A1.shape)} and {list(A2.shape)}"
         )
     squares = (_right_vectors(A1).T @ _right_vectors(A2)).square()
     sizes = [torch.arange(1, n + 1, device=A1.device) for n in squares.shape]
-    return squares.cumsum(0).cumsum(1) / torch.minimum(sizes[0][:, None], sizes[1])
+    return squares.cumsum(0).cumsum(1), torch.minimum(sizes[0][:, None], sizes[1])
 
 
 def _right_vectors(A: Float[Tensor, "r in"]) -> Float[Tensor, "in r"]:

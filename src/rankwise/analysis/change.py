@@ -1,0 +1,130 @@
+"""What an adapter's change does to a weight: its size, what storing the sum would lose, and directions that are new."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import SpecError
+from rankwise.lowrank import LowRank, truncated_svd
+from rankwise.registry import nearest
+from rankwise.shapes import Float
+
+_ROWS_OF = 2**20  # numbers that are folded at a time
+
+
+def relative_size(delta: LowRank, weight: Float[Tensor, "out in"]) -> float:
+    """‖ΔW‖_F / ‖W‖_F.
+
+    Raises:
+        SpecError: shapes that do not fit.
+    """
+    _check_fits("relative_size", delta, weight)
+    norm = float(torch.linalg.matrix_norm(weight.detach().float()))
+    return float(delta.norm()) / norm if norm else float("inf")
+
+
+# 16 levels of the 4-bit NormalFloat: quantiles of a Gaussian, scaled to [−1, 1] (Dettmers 2023, arXiv 2305.14314,
+# appendix E).
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_NF4_BLOCK = 64
+
+
+def _nf4(matrix: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
+    """Quantised to NF4 in blocks of 64, each with its own largest value, and back."""
+    flat = matrix.flatten()
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % _NF4_BLOCK)).view(-1, _NF4_BLOCK)
+    largest = padded.abs().amax(1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    levels = torch.tensor(NF4_LEVELS, dtype=matrix.dtype, device=matrix.device)
+    borders = (levels[1:] + levels[:-1]) / 2
+    rounded = levels[torch.bucketize(padded / largest, borders)] * largest
+    return rounded.flatten()[: flat.numel()].view_as(matrix)
+
+
+STORAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "bfloat16": lambda matrix: matrix.bfloat16().to(matrix),
+    "float16": lambda matrix: matrix.half().to(matrix),
+    "nf4": _nf4,
+}
+
+
+def merge_loss(delta: LowRank, weight: Float[Tensor, "out in"], storage: str = "bfloat16") -> float:
+    """Share of ΔW that merging loses where weights are stored in few bits: ‖(Q(W + ΔW) − Q(W)) − ΔW‖_F / ‖ΔW‖_F.
+
+    Q rounds to the storage. 0 where nothing is lost, about 1 where rounding swallows the change. At 4 bits it can be
+    more: what rounding W + ΔW anew moves then exceeds the change.
+
+    Args:
+        weight: W, the base in any floating point precision.
+        storage: "bfloat16", "float16" or "nf4" (blocks of 64, as bitsandbytes has them).
+
+    Raises:
+        SpecError: an unknown storage, or shapes that do not fit.
+    """
+    if storage not in STORAGES:
+        raise SpecError(
+            f"storage: expected one of {', '.join(STORAGES)}, found {storage!r}{nearest(storage, STORAGES)}"
+        )
+    _check_fits("merge_loss", delta, weight)
+    stored, squares = STORAGES[storage], torch.zeros(2, dtype=torch.float64)
+    step = max(_ROWS_OF // weight.shape[1], 1)
+    if storage == "nf4" and (step * weight.shape[1]) % _NF4_BLOCK:
+        step = -(-step // _NF4_BLOCK) * _NF4_BLOCK  # so that pieces end where blocks do
+    for first in range(0, weight.shape[0], step):
+        rows = slice(first, first + step)
+        base = weight.detach()[rows].float()
+        change = delta.rows(rows).dense().to(base)
+        lost = stored(base + change) - stored(base) - change
+        squares += torch.stack([lost.double().square().sum(), change.double().square().sum()]).cpu()
+    lost_energy, energy = squares.tolist()
+    return float((lost_energy / energy) ** 0.5) if energy else 0.0
+
+
+def intruder_dimensions(
+    delta: LowRank, weight: Float[Tensor, "out in"], k: int = 10, epsilon: float = 0.5, seed: int = 0
+) -> int:
+    """How many of the top k left singular vectors of W + ΔW resemble none of W's: max_i |cos(u'_j, u_i)| < ε.
+
+    Source: Shuttleworth 2024, arXiv 2410.21228, algorithm 1. They find such directions in LoRA-tuned models and not in
+    fully tuned ones, and that models with them forget more.
+
+    W's vectors come from the eigenvectors of the smaller of WWᵀ and WᵀW, in fp64.
+
+    Args:
+        k: leading directions of the changed weight to look at.
+        epsilon: below this cosine two directions count as unlike.
+        seed: of the randomised SVD of W + ΔW.
+
+    Raises:
+        SpecError: shapes that do not fit, k or ε out of range.
+    """
+    _check_fits("intruder_dimensions", delta, weight)
+    if not 1 <= k <= min(weight.shape) or not 0 < epsilon <= 1:
+        raise SpecError(
+            f"intruder_dimensions: expected k from 1 to {min(weight.shape)} and 0 < ε ≤ 1, found {k} and {epsilon}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    changed = weight.detach().float() + delta.dense().to(weight.device, torch.float32)
+    leading = truncated_svd(changed, k, generator)[0].double()
+    del changed
+    return int((_cosines(leading, weight.detach().double()).amax(1) < epsilon).sum())
+
+
+def _cosines(vectors: Float[Tensor, "out k"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "k n"]:
+    """|cos| between these vectors and every left singular vector of the weight that has a singular value."""
+    out, into = weight.shape
+    if out <= into:
+        own = torch.linalg.eigh(weight @ weight.T)[1]
+        return torch.abs(vectors.T @ own)
+    squares, right = torch.linalg.eigh(weight.T @ weight)
+    there = squares > squares[-1].clamp_min(0) * into * torch.finfo(squares.dtype).eps
+    return torch.abs((vectors.T @ weight) @ right[:, there]) / squares[there].sqrt()  # u_i = W v_i / σ_i
+
+
+def _check_fits(what: str, delta: LowRank, weight: Float[Tensor, "out in"]) -> None:
+    if delta.shape != tuple(weight.shape):
+        raise SpecError(f"{what}: expected a weight of delta's shape {delta.shape}, found {tuple(weight.shape)}")
