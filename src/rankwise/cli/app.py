@@ -82,7 +82,7 @@ def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
 
     console = _console()
     result = run.train(wanted, console)
-    console.print(summary(result.metrics, result.adapter, result.curve))
+    console.print(summary(result.metrics, result.adapter, result.page))
 
 
 @app.command()
@@ -157,6 +157,38 @@ def generate(
     with busy(console, "Answering, without the adapter and with it"):
         sample = answer(adapter, base, prompt, chat=chat, max_new_tokens=max_new_tokens)
     console.print(sample_table(sample))
+
+
+@app.command()
+def analyze(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter directories to compare.")],
+    out: Annotated[Path, typer.Option(help="The page; its numbers go beside it as JSON.")] = Path("analysis.html"),
+    base: Base = None,
+    batches: Annotated[
+        str | None, typer.Option(help="Training data, to compare the next step with full fine-tuning's.")
+    ] = None,
+    batch_count: Annotated[int, typer.Option(min=1, help="Batches of it: 4 samples of 128 tokens each.")] = 8,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue with and without each adapter.")] = None,
+    without_base: Annotated[
+        bool, typer.Option("--without-base", help="Load no model: only what the factors alone say.")
+    ] = False,
+) -> None:
+    """Measure adapters against their base, and show it on one static page."""
+    from rankwise.report.page import write_report
+    from rankwise.train.analyze import analyze as measured
+
+    console = _console()
+    report = measured(
+        adapters,
+        base,
+        console,
+        batches=batches,
+        batch_count=batch_count,
+        prompts=prompt or (),
+        without_base=without_base,
+    )
+    page = write_report(report, out)
+    console.print(f"The page is {page}; its numbers are in {page.with_suffix('.json')}", highlight=False)
 
 
 @app.command()

@@ -105,6 +105,14 @@ class StartFields(_Section):
     )
 
 
+class AnalysisFields(_Section):
+    """Analysis"""
+
+    alignment_steps: Positive | None = Field(
+        None, description="Steps between two looks at how far the adapter's step agrees with full fine-tuning's."
+    )
+
+
 class OptimizerFields(_Section):
     """Optimizer"""
 
@@ -150,10 +158,11 @@ SECTIONS: tuple[type[_Section], ...] = (
     StartFields,
     OptimizerFields,
     TrainingFields,
+    AnalysisFields,
 )
 
 
-class Recipe(TrainingFields, OptimizerFields, StartFields, AdapterFields, DataFields, ModelFields):
+class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, AdapterFields, DataFields, ModelFields):
     """A whole run.
 
     >>> Recipe(model="smollm2-135m", data="kjv", rank=16).rank

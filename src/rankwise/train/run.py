@@ -18,16 +18,22 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
+from rankwise.adapter import Adapter
+from rankwise.checkpoint.install import portable
 from rankwise.errors import CheckpointError
+from rankwise.report.curve import save_loss_curve
+from rankwise.report.figures import points
+from rankwise.report.page import write_report
 from rankwise.train import start
+from rankwise.train.alignment_callback import AlignmentCallback
 from rankwise.train.card import save_model_card
 from rankwise.train.causal_lm import CausalLM
 from rankwise.train.classification import Classification
-from rankwise.train.curve import points, save_loss_curve
 from rankwise.train.data import load_data
 from rankwise.train.generation import Sample
 from rankwise.train.progress import ProgressBar, busy
 from rankwise.train.recipe import Recipe
+from rankwise.train.run_report import run_report
 from rankwise.train.show import advice_table, advice_text, plan_table
 from rankwise.train.task import Loaded, Task
 from rankwise.train.trainer import AdapterTrainer, newest_checkpoint
@@ -44,6 +50,7 @@ class Prepared:
     batches: Sequence[start.Batch]
     held_out: Dataset | None
     bar: ProgressBar
+    alignment: AlignmentCallback | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -68,6 +75,7 @@ class Result:
     prepared: Prepared
     adapter: Path
     curve: Path
+    page: Path
     history: list[dict[str, Any]]
     metrics: dict[str, Any]
     sample: Sample | None
@@ -115,9 +123,13 @@ def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared
         task.check(loaded, data)
         trainer, warnings = task.trainer(loaded, data, bar)
         batches = start.first_batches(trainer, recipe)
+        alignment = None
+        if recipe.alignment_steps is not None:
+            alignment = AlignmentCallback(batches, recipe.alignment_steps)
+            trainer.add_callback(alignment)
     for warning in warnings:
         console.print(f"[yellow]{warning}")
-    return Prepared(loaded, trainer, batches, data.eval, bar)
+    return Prepared(loaded, trainer, batches, data.eval, bar, alignment)
 
 
 def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
@@ -139,14 +151,15 @@ def save_adapter(prepared: Prepared, name: str = "adapter") -> Path:
 
 
 def execute(prepared: Prepared, console: Console) -> Result:
-    """Train, then write the adapter, its card, the loss curve and the numbers."""
+    """Train, then write the adapter, its card, the loss curve, the numbers and the page that shows them."""
     recipe, trainer, task = prepared.recipe, prepared.trainer, TASKS[prepared.recipe.task]
+    first = portable(prepared.model)
     _train(prepared)
     out = Path(recipe.output_dir)
     history = trainer.state.log_history
     sample = task.sample(prepared.loaded, prepared.held_out)
     metrics = _metrics(prepared, history) | task.metrics(history)
-    result = Result(prepared, out / "adapter", out / "loss.png", history, metrics, sample)
+    result = Result(prepared, out / "adapter", out / "loss.png", out / "report.html", history, metrics, sample)
     if trainer.is_world_process_zero():
         save_adapter(prepared)
         save_loss_curve({"run": history}, result.curve, title_of(recipe), task.loss_unit)
@@ -154,7 +167,26 @@ def execute(prepared: Prepared, console: Console) -> Result:
             result.adapter, title=title_of(recipe), recipe=recipe, metrics=metrics, curve=result.curve, sample=sample
         )
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        with busy(console, "Measuring the adapter"):
+            _write_page(result, first)
     return result
+
+
+def _write_page(result: Result, first: Adapter) -> None:
+    prepared, recipe = result.prepared, result.prepared.recipe
+    report = run_report(
+        title_of(recipe),
+        recipe=recipe,
+        model=prepared.model,
+        first=first,
+        directory=result.adapter,
+        history=result.history,
+        loss_unit=TASKS[recipe.task].loss_unit,
+        metrics=result.metrics,
+        sample=result.sample,
+        over_run={} if prepared.alignment is None else prepared.alignment.measured,
+    )
+    write_report(report, result.page)
 
 
 def _train(prepared: Prepared) -> None:
