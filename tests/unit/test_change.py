@@ -126,7 +126,7 @@ def test_a_planted_intruder_is_found_and_a_scaled_weight_has_none():
     weight = torch.diag(torch.arange(30, 0, -1.0))
     even = torch.ones(30, 1) / 30**0.5  # as far from every axis as can be
     assert intruder_dimensions(LowRank(even, even.T, 200.0), weight, 5, 0.5) >= 1
-    u, s, v = torch.linalg.svd(torch.randn(30, 20, generator=generator), full_matrices=False)
+    u, _, v = torch.linalg.svd(torch.randn(30, 20, generator=generator), full_matrices=False)
     spread = u @ torch.diag(torch.arange(20, 0, -1.0)) @ v
     assert intruder_dimensions(LowRank(u[:, :3], v[:3], 5.0), spread, 10) == 0
 

@@ -192,6 +192,25 @@ def analyze(
 
 
 @app.command()
+@recipe_flags
+def study(
+    name: Annotated[str, typer.Argument(help="weight-types, ranks, subspace, amplification or intrinsic-dimension.")],
+    recipe: RecipeFile = None,
+    out: Annotated[Path, typer.Option(help="Directory for results, pages, and runs to go on from.")] = Path("studies"),
+    seeds: Annotated[int, typer.Option(help="Seeds of every arm, from the recipe's on.")] = 2,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Repeat an experiment of the papers on your model and data. Stopped, it goes on where it was."""
+    wanted = recipes.load(recipe, overrides)
+    from rankwise.studies import run_study, write_outcome
+
+    console = _console()
+    outcome = run_study(name, wanted, out, seeds, console)
+    console.print(f"The page is {write_outcome(name, outcome, wanted, seeds, out)}", highlight=False)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the demo's files.")] = Path("rankwise-demo"),
 ) -> None:

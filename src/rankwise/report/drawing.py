@@ -87,3 +87,18 @@ def heatmap(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return mesh
+
+
+_LIGHT = {"ink": "#1d2126", "grid": "#d9d6d0"} | {
+    f"series-{number}": colour
+    for number, colour in enumerate(("#0b5c9a", "#c2510a", "#00795a", "#a5487f", "#8a6400", "#3d6f8e"), 1)
+}
+
+
+def standalone(drawing: str) -> str:
+    """An inline drawing as an SVG file of its own, in the page's light colours on white."""
+    for name, colour in _LIGHT.items():
+        drawing = drawing.replace(f"var(--{name})", colour)
+    drawing = drawing.replace("font-family: inherit", "font-family: sans-serif")
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return drawing.replace("<svg ", f'<svg {spaces} style="background: #fff" ', 1)

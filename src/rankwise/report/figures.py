@@ -142,7 +142,7 @@ def layer_map(
 def spectra(name: str, sites: Sequence[SiteMeasures]) -> Panel:
     """Singular values of every ΔW, one small drawing a module, a line a layer."""
     groups = [(module, members) for module, members in by_module(sites) if any(site.change for site in members)]
-    columns = min(4, len(groups))
+    columns = min(4, max(1, len(groups)))
     rows = -(-len(groups) // columns)
 
     def draw(figure: Figure) -> None:

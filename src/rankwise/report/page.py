@@ -14,7 +14,7 @@ import jinja2
 from rankwise.analysis import Alignment
 from rankwise.files import write_file
 from rankwise.report import figures
-from rankwise.report.figures import History, Panel, Table
+from rankwise.report.figures import History, Panel
 from rankwise.report.measure import INTRUDERS_AMONG, Similarity, SiteMeasures
 
 FORMAT_VERSION = 1
@@ -70,7 +70,7 @@ class Report:
 def write_report(report: Report, html: Path) -> Path:
     """Write the page, and its numbers beside it as ``.json``; returns the page's path."""
     content = {"format_version": FORMAT_VERSION, **asdict(report)}
-    write_file(html.with_suffix(".json"), (json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(html.with_suffix(".json"), (json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n").encode())
     write_file(html, render(report).encode())
     return html
 
@@ -155,13 +155,10 @@ def _adapter_panels(name: str, part: AdapterPart) -> list[Panel]:
     return panels
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: None in its place."""
+def finite(value: Any) -> Any:
+    """Plain data for JSON, which has no infinity: None in its place."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-__all__ = ["AdapterPart", "Report", "Table", "page", "render", "write_report"]
+        return {str(key): finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
