@@ -69,6 +69,7 @@ def publish(partial: Path, facts: Mapping[str, Any]) -> Path:
         flush_directory(directory)
     target = run_dir / partial.name
     partial.rename(target)
+    partial.parent.rmdir()
     flush_directory(run_dir)
     return target
 

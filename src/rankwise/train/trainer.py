@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 import rankwise as rw
 from rankwise.checkpoint import directory as checkpoints
 from rankwise.checkpoint import load_state, save_state
-from rankwise.errors import CheckpointError, OutOfMemory, RankwiseError, RecipeError, TrainingError
+from rankwise.errors import CheckpointError, OutOfMemory, RecipeError, TrainingError
 from rankwise.slots import find_record
 from rankwise.train import exact_resume
 from rankwise.train.preflight import ROW
@@ -142,18 +142,18 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.publish(partial, self.facts)
-        except RankwiseError:
-            raise
-        except (OSError, RuntimeError) as error:  # torch writes its files itself and has no error of its own for it
+                if self.recipe.save_total_limit is not None:
+                    checkpoints.keep_newest(run_dir, self.recipe.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        except Exception as error:
+            if not _is_of_the_disk(error):
+                raise
             raise CheckpointError(
                 f"{run_dir}: checkpoint-{step} could not be written ({error}). {self._last_good()} Make room on the "
                 "disk, or see to its rights, and resume."
             ) from error
         finally:
             self._saving_in = None
-        if self.args.should_save and self.recipe.save_total_limit is not None:
-            checkpoints.keep_newest(run_dir, self.recipe.save_total_limit)
-        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -262,6 +262,12 @@ class ClassifierTrainer(AdapterTrainer):
         super().__init__(**kwargs)
         # Their forward takes any argument, but not the number of items that accumulated batches hold together.
         self.model_accepts_loss_kwargs = False
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Python says it with OSError, torch's writer with RuntimeError, tokenizers with Exception itself."""
+    said_otherwise = type(error) in (RuntimeError, Exception) and not _is_out_of_memory(error)
+    return isinstance(error, OSError) or said_otherwise
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
