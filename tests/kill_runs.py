@@ -2,7 +2,7 @@
 
 A program of its own: it imports everything once and forks a process for each attempt::
 
-    python tests/kill_runs.py --kills 60 --seed 0 --work DIR [--faults]
+    python tests/kill_runs.py --kills 60 --seed 0 --work DIR [--faults halfway full]
 
 prints one JSON object with what was tried and what was found. Any difference ends it with an error. Only the drawing of
 the loss curve is left out of the runs.
@@ -51,7 +51,7 @@ COMPARED = (
     "scheduler.pt",
     "rng_state.pth",
 )
-KILL, KILL_HALFWAY, FULL = 1, 2, 3
+FAULTS = {"before": 1, "halfway": 2, "full": 3}  # killed before an operation, halfway through it, disk full from it on
 
 
 class Work:
@@ -190,7 +190,7 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def fault_at_every_operation(work: Work) -> dict[str, Any]:
+def fault_at_every_operation(work: Work, faults: list[str]) -> dict[str, Any]:
     """One process for each operation on the disk that saving the second checkpoint takes, and each fault."""
     name, folder = "lora-ga", work.folder / "faults"
     report = work.folder / "faults.json"
@@ -200,7 +200,7 @@ def fault_at_every_operation(work: Work) -> dict[str, Any]:
 
         def save(trainer: AdapterTrainer, model: Any, trial: Any) -> None:
             if trainer.state.global_step == 3:  # the first that removes an older one
-                tried = {str(fault): _each_operation(work, trainer, plain, fault) for fault in (1, 2, 3)}
+                tried = {fault: _each_operation(work, trainer, plain, fault) for fault in faults}
                 report.write_text(json.dumps(tried))
             plain(trainer, model, trial)
 
@@ -209,34 +209,31 @@ def fault_at_every_operation(work: Work) -> dict[str, Any]:
 
     assert finished(forked(train)) == 0
     work.check_end(name, folder)
-    tried = json.loads(report.read_text())
     resumed = sorted(work.folder.glob("after-*"))
     for copy in resumed:
         assert finished(forked(lambda copy=copy: work.train(name, copy))) == 0
         work.check(name, copy)
         work.check_end(name, copy)
     return {
-        "killed before an operation on the disk": tried["1"],
-        "killed halfway through one": tried["2"],
-        "disk full from one on": tried["3"],
+        "faults": json.loads(report.read_text()),
         "resumed after a fault to the end, bit for bit": len(resumed),
     }
 
 
-def _each_operation(work: Work, trainer: AdapterTrainer, save: Callable[..., None], fault: int) -> int:
+def _each_operation(work: Work, trainer: AdapterTrainer, save: Callable[..., None], fault: str) -> int:
     """Save with the fault at the first operation, the second ..., each in a process of its own; returns how many."""
     folder = Path(trainer.args.output_dir)
     kept = work.folder / "kept"
     shutil.copytree(folder, kept)
     drawn = random.getstate()
     for operation in itertools.count(1):
-        child = forked(lambda operation=operation: _save_with_fault(trainer, save, operation, fault, drawn))
+        child = forked(lambda operation=operation: _save_with_fault(trainer, save, operation, FAULTS[fault], drawn))
         status = finished(child)
         if status == UNTOUCHED:
             _put_back(kept, folder)
             shutil.rmtree(kept)
             return operation - 1
-        assert status in ((REFUSED, 0) if fault == FULL else (-signal.SIGKILL,)), (operation, status)
+        assert status in ((REFUSED, 0) if fault == "full" else (-signal.SIGKILL,)), (operation, status)
         left = [checkpoint.name for checkpoint in work.check("lora-ga", folder)]
         assert left in (
             ["checkpoint-2", "checkpoint-1"],
@@ -283,7 +280,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--faults", action="store_true", help="at every operation; needs tests/faulty_disk.c preloaded")
+    parser.add_argument("--faults", nargs="*", choices=FAULTS, help="at every operation; preload tests/faulty_disk.c")
     options = parser.parse_args()
     torch.set_num_threads(1)
     gc.collect()
@@ -292,7 +289,7 @@ def main() -> None:
     begun = time.monotonic()
     found = kill_at_random(work, options.kills, random.Random(options.seed)) if options.kills else {}
     if options.faults:
-        found |= fault_at_every_operation(work)
+        found |= fault_at_every_operation(work, options.faults)
     print(json.dumps({"seed": options.seed, **found, "seconds": round(time.monotonic() - begun, 1)}))
 
 

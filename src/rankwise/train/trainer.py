@@ -87,6 +87,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 raise
             raise OutOfMemory(self._out_of_memory(error)) from error
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Where to begin; how often to save, log and evaluate is the recipe's to say, not the checkpoint's."""
+        begin = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return begin
+
     def _run_epoch(self, **kwargs: Any) -> None:
         """An epoch; none where the checkpoint that is resumed from was the run's last."""
         if self.state.global_step >= self.state.max_steps:
@@ -166,7 +172,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
         _check_unfinished(directory, self.args.max_steps)
-        load_state(self.model if model is None else model, directory)
+        trained = self.model if model is None else model
+        load_state(trained, directory, allow_other_spec=self.recipe.resume_anyway)
 
     def _check_weights(self) -> None:
         """An update can overflow where loss and gradient were finite; such weights must not become a checkpoint."""
