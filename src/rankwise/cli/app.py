@@ -14,16 +14,24 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from rankwise.cli.flags import recipe_flags
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, RunStopped
 from rankwise.train import recipe as recipes
+
+_STOPPED = 128 + 15  # what a shell reports for SIGTERM
 
 
 class _Group(TyperGroup):
-    """Prints rankwise's own errors as a message with exit code 2; any other error is a bug and shows its trace."""
+    """Prints rankwise's own errors as a message with exit code 2; any other error is a bug and shows its trace.
+
+    A run that a SIGTERM stopped, saved, has the exit code that schedulers know for it: 143.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except RunStopped as stopped:
+            Console(stderr=True).print(f"[yellow]{escape(str(stopped))}", highlight=False)
+            raise typer.Exit(_STOPPED) from None
         except RankwiseError as error:
             if ctx.params.get("traceback"):
                 raise

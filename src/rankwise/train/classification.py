@@ -75,7 +75,7 @@ class Classification(Task):
             compute_metrics=_accuracy,
             preprocess_logits_for_metrics=_predicted,
             callbacks=[bar, AdaLoraCallback()],
-            lr_ratio=recipe.lr_ratio,
+            recipe=recipe,
         )
         return trainer, []
 

@@ -143,11 +143,12 @@ class TrainingFields(_Section):
     logging_steps: Positive = Field(10, description="Steps between two logged losses.")
     eval_steps: Positive | None = Field(None, description="Steps between two evaluations; default: once an epoch.")
     save_steps: Positive = Field(500, description="Steps between two checkpoints.")
-    save_total_limit: Positive | None = Field(None, description="Keep only this many checkpoints.")
+    save_total_limit: Positive | None = Field(None, description="Keep only this many valid checkpoints.")
     report_to: str | list[str] = Field("none", description="Where to report: none, tensorboard, wandb ...")
     resume_from_checkpoint: bool | str | None = Field(
-        None, description="true: the newest checkpoint in output_dir; or a checkpoint directory."
+        None, description="true: the newest valid checkpoint in output_dir; or a checkpoint directory."
     )
+    resume_anyway: bool = Field(False, description="Resume although the recipe, data, machine or versions changed.")
     dataloader_num_workers: int = Field(0, ge=0, description="Processes that load data.")
 
 
