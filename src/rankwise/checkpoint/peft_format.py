@@ -22,12 +22,13 @@ from rankwise.errors import (
     NonFiniteTensor,
     ShapeMismatch,
     SpecError,
+    TargetError,
     UnexpectedTensor,
     UnsupportedAdapter,
 )
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.lowrank import LowRank
-from rankwise.plan import pattern_value, under
+from rankwise.plan import pattern_values, under
 from rankwise.scaling import SCALINGS
 from rankwise.spec import LoRA
 from rankwise.variants import Dora
@@ -165,7 +166,10 @@ def read_adapter(directory: str | Path) -> Adapter:
     spec = _spec(where, config)
     saved = _saved_whole(tensors, spec.modules_to_save)
     parts = _by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
-    sites = {path: _site(folder / TENSORS, path, found, spec) for path, found in parts.items()}
+    ranks, alphas = ranks_and_alphas(where, spec, list(parts))
+    sites = {
+        path: _site(folder / TENSORS, path, found, spec, ranks[path], alphas[path]) for path, found in parts.items()
+    }
     _check_extra(folder / EXTRA, extra)
     missing = [path for path in extra.get("sites", ()) if path not in sites]
     if missing:
@@ -249,7 +253,20 @@ def _by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, 
     return found
 
 
-def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA) -> SiteAdapter:
+def ranks_and_alphas(where: Path, spec: LoRA, paths: list[str]) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha of each site that a file has.
+
+    Raises:
+        SpecError: a pattern takes too long.
+    """
+    try:
+        ranks = pattern_values("rank_pattern key", spec.rank_pattern, paths, spec.rank)
+        return ranks, pattern_values("alpha_pattern key", spec.alpha_pattern, paths, spec.alpha)
+    except TargetError as error:
+        raise SpecError(f"{where}: {error}") from None
+
+
+def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA, rank: int, alpha: float) -> SiteAdapter:
     embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
     name_A, name_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     for name, other in ((name_A, name_B), (name_B, name_A)):
@@ -258,9 +275,8 @@ def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA) -> SiteA
     if "lora_magnitude_vector" in found and not isinstance(spec.variant, Dora):
         raise UnexpectedTensor(f"{where}: {path} has DoRA's lora_magnitude_vector, but {CONFIG} does not say use_dora")
     A, B = found.pop(name_A), found.pop(name_B)
-    rank = pattern_value(spec.rank_pattern, path, spec.rank)
     _check_pair(where, path, A, B, rank)
-    scale = spec.scale(rank, pattern_value(spec.alpha_pattern, path, spec.alpha))
+    scale = spec.scale(rank, alpha)
     kind = "embedding" if embedding else "conv2d" if A.dim() == 4 else "linear"
     groups = rank // B.shape[1]  # a grouped convolution's B has rank/groups columns
     A = _shared_A(where, path, A, groups)
