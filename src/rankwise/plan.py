@@ -1,6 +1,6 @@
 """plan: which modules a spec adapts, with which rank and scale. Pure: nothing is changed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
@@ -113,7 +113,7 @@ def target_layers(
             f"expected layers inside a model: wrap it, as torch.nn.Sequential(layer) does"
         )
     modules = _base_modules(model)
-    saved = {name for name in modules for keep in saved_whole if under(keep, name)}
+    saved = set(keys_under(saved_whole, modules))
     matched = _select(modules, targets, _output_heads(model))
     left_out = _matches("exclude_modules", modules, excluded) if excluded else set()
     chosen = {name: modules[name] for name in matched if name not in left_out and name not in saved}
@@ -172,9 +172,16 @@ def _output_heads(model: nn.Module) -> set[int]:
     return heads | {id(m) for m in model.modules() if _is_linear(m) and id(m.weight) in tables}
 
 
-def under(keep: str, name: str) -> bool:
-    """Whether a module path is, or lies below, a module that a suffix names."""
-    return f".{keep}." in f".{name}."
+def keys_under(kept: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The module paths (or tensors' names) that are, or lie below, a module that one of some suffixes names."""
+    wanted = set(kept)
+    return [path for path in paths if not wanted.isdisjoint(_runs(path))] if wanted else []
+
+
+def _runs(path: str) -> Iterator[str]:
+    """``a.b.c`` → a, a.b, b, a.b.c, b.c, c."""
+    parts = path.split(".")
+    return (".".join(parts[i:j]) for j in range(1, len(parts) + 1) for i in range(j))
 
 
 def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:

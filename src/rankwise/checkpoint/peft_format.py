@@ -24,11 +24,12 @@ from rankwise.errors import (
     SpecError,
     TargetError,
     UnexpectedTensor,
+    UnsafeFile,
     UnsupportedAdapter,
 )
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.lowrank import LowRank
-from rankwise.plan import pattern_values, under
+from rankwise.plan import keys_under, pattern_values
 from rankwise.scaling import SCALINGS
 from rankwise.spec import LoRA
 from rankwise.variants import Dora
@@ -144,13 +145,22 @@ _DEFAULTS: dict[str, Any] = {  # fields that change what an adapter computes, wi
     "alora_invocation_tokens": None,
     "use_qalora": False,
 }
+_RUNS_CODE = ("auto_map", "trust_remote_code", "custom_code")
+_TYPES: dict[str, type] = {
+    "base_model_name_or_path": str,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "fan_in_fan_out": bool,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
 
 
 def read_adapter(directory: str | Path) -> Adapter:
     """The adapter in a PEFT directory, whoever wrote it.
 
     Raises:
-        BrokenFile, UnsafeFile: the files are absent, truncated, malformed, or a pickle.
+        BrokenFile, UnsafeFile: the files are absent, truncated, malformed, a pickle, or lead out of the directory.
         UnsupportedAdapter: not LoRA, or with parts that are not read here.
         SpecError: rank or alpha that is not a positive number.
         MissingTensor, UnexpectedTensor, ShapeMismatch, NonFiniteTensor: the tensors do not fit the configuration.
@@ -198,6 +208,11 @@ def _check_extra(where: Path, extra: Mapping[str, Any]) -> None:
 
 
 def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
+    for name in _RUNS_CODE:
+        if config.get(name):
+            raise UnsafeFile(
+                f"{where}: {name} asks to run code that comes with the adapter; none is run here: remove it"
+            )
     kind = config.get("peft_type")
     if kind is None:
         raise BrokenFile(f"{where}: no peft_type; expected 'LORA': this is not an adapter's configuration")
@@ -205,6 +220,9 @@ def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
         raise UnsupportedAdapter(f"{where}: peft_type is {kind!r}; expected 'LORA' or 'ADALORA'")
     if config.get("bias", "none") != "none":
         raise UnsupportedAdapter(f"{where}: bias is {config['bias']!r}; expected 'none' (trained biases are not read)")
+    for name, kinds in _TYPES.items():
+        if not isinstance(config.get(name), kinds | None):
+            raise BrokenFile(f"{where}: {name} is {config[name]!r}; expected {kinds.__name__} or null")
     for name, value in _DEFAULTS.items():
         if config.get(name, value) not in (value, [], {}):
             raise UnsupportedAdapter(f"{where}: {name} is {config[name]!r}; expected {value!r}")
@@ -237,7 +255,7 @@ def _targets(where: Path, config: Mapping[str, Any]) -> str | tuple[str, ...]:
 
 def _saved_whole(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of ``modules_to_save``, which stand in the file under their own names."""
-    return {key: tensor for key, tensor in tensors.items() if any(under(name, key) for name in names)}
+    return {key: tensors[key] for key in keys_under(names, tensors)}
 
 
 def _by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

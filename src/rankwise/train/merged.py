@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
-from rankwise.errors import BaseMismatch, BrokenFile, MergeError
+from rankwise.errors import BaseMismatch, MergeError
+from rankwise.files import read_json
 from rankwise.merge import MergeReport
 from rankwise.train.labels import read_labels
 from rankwise.train.pretrained import load_classifier, load_pretrained
@@ -38,10 +38,7 @@ def load_base(adapter: Path, base: str | None) -> tuple[PreTrainedModel, PreTrai
 def base_of(adapter: Path) -> str:
     """The base model that an adapter's configuration names."""
     path = adapter / "adapter_config.json"
-    try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise BrokenFile(f"{path}: expected an adapter's configuration, found: {error}.") from None
+    name = read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise BaseMismatch(f"{path}: names no base model. Say which one with --base.")
     return name
