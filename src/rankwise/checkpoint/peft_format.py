@@ -168,19 +168,19 @@ def read_adapter(directory: str | Path) -> Adapter:
     folder = Path(directory)
     config = read_json(folder / CONFIG)
     where = folder / CONFIG
-    _check_supported(where, config)
+    check_supported(where, config)
     tensors = read_tensors(folder / TENSORS)
     if config["peft_type"] == "ADALORA":
         config, tensors = adalora_format.as_lora(folder, config, tensors)
     extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
-    spec = _spec(where, config)
+    spec = spec_of(where, config)
     saved = _saved_whole(tensors, spec.modules_to_save)
-    parts = _by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
+    parts = by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
     ranks, alphas = ranks_and_alphas(where, spec, list(parts))
     sites = {
-        path: _site(folder / TENSORS, path, found, spec, ranks[path], alphas[path]) for path, found in parts.items()
+        path: read_site(folder / TENSORS, path, found, spec, ranks[path], alphas[path]) for path, found in parts.items()
     }
-    _check_extra(folder / EXTRA, extra)
+    check_extra(folder / EXTRA, extra)
     missing = [path for path in extra.get("sites", ()) if path not in sites]
     if missing:
         raise MissingTensor(f"{folder / TENSORS}: no tensors for {missing[0]}, which {EXTRA} lists; it is incomplete")
@@ -197,7 +197,12 @@ def read_adapter(directory: str | Path) -> Adapter:
     )
 
 
-def _check_extra(where: Path, extra: Mapping[str, Any]) -> None:
+def check_extra(where: Path, extra: Mapping[str, Any]) -> None:
+    """Refuse a ``rankwise.json`` of another form.
+
+    Raises:
+        BrokenFile: as it says.
+    """
     version, listed = extra.get("format_version", FORMAT_VERSION), extra.get("sites", [])
     if version != FORMAT_VERSION:
         raise BrokenFile(
@@ -207,7 +212,12 @@ def _check_extra(where: Path, extra: Mapping[str, Any]) -> None:
         raise BrokenFile(f"{where}: expected a list of module names under sites; delete the file or save anew")
 
 
-def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
+def check_supported(where: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of an adapter that is not read here.
+
+    Raises:
+        UnsafeFile: it asks for code of its own. BrokenFile: it is no adapter's. UnsupportedAdapter: of another kind.
+    """
     for name in _RUNS_CODE:
         if config.get(name):
             raise UnsafeFile(
@@ -228,7 +238,12 @@ def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
             raise UnsupportedAdapter(f"{where}: {name} is {config[name]!r}; expected {value!r}")
 
 
-def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
+def spec_of(where: Path, config: Mapping[str, Any]) -> LoRA:
+    """What a configuration says, as a spec.
+
+    Raises:
+        SpecError: a field is out of range.
+    """
     try:
         return LoRA(
             rank=config.get("r", 8),
@@ -258,17 +273,32 @@ def _saved_whole(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[st
     return {key: tensors[key] for key in keys_under(names, tensors)}
 
 
-def _by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Module path → file suffix → tensor."""
+def by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module path → file suffix → tensor.
+
+    Raises:
+        UnexpectedTensor: one is no site's. MissingTensor: there are none.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _KEY.match(key.removeprefix(PREFIX))
-        if match is None:
-            raise UnexpectedTensor(f"{where}: {key} {tuple(tensor.shape)} belongs to no adapter site; it is not read")
-        found.setdefault(match["path"], {})[match["suffix"].removesuffix(".weight")] = tensor
+        place = site_and_suffix(key)
+        if place is None:
+            raise stray(where, key, tuple(tensor.shape))
+        found.setdefault(place[0], {})[place[1]] = tensor
     if not found:
         raise MissingTensor(f"{where}: holds no tensors; expected lora_A and lora_B of at least one module")
     return found
+
+
+def site_and_suffix(key: str) -> tuple[str, str] | None:
+    """Module path and kind of tensor that a name in the file tells of; None where it is no site's."""
+    match = _KEY.match(key.removeprefix(PREFIX))
+    return None if match is None else (match["path"], match["suffix"].removesuffix(".weight"))
+
+
+def stray(where: Path, key: str, shape: tuple[int, ...]) -> UnexpectedTensor:
+    """The error for a tensor that is no site's."""
+    return UnexpectedTensor(f"{where}: {key} {shape} belongs to no adapter site; it is not read")
 
 
 def ranks_and_alphas(where: Path, spec: LoRA, paths: list[str]) -> tuple[dict[str, int], dict[str, float]]:
@@ -284,7 +314,12 @@ def ranks_and_alphas(where: Path, spec: LoRA, paths: list[str]) -> tuple[dict[st
         raise SpecError(f"{where}: {error}") from None
 
 
-def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA, rank: int, alpha: float) -> SiteAdapter:
+def read_site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA, rank: int, alpha: float) -> SiteAdapter:
+    """One site's part of an adapter from its tensors, by file suffix; they are taken out of ``found``.
+
+    Raises:
+        MissingTensor, UnexpectedTensor, ShapeMismatch, UnsupportedAdapter: they do not make one.
+    """
     embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
     name_A, name_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     for name, other in ((name_A, name_B), (name_B, name_A)):

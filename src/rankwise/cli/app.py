@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -138,6 +139,24 @@ def merge(
     with busy(console, "Folding the adapter into the model"):
         report = save_merged(adapter, base, out)
     console.print(merge_table(report, out))
+
+
+@app.command("inspect")
+def inspect_adapter(
+    adapter: Adapter,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say what is in an adapter directory, without trusting it or loading a model. Exit code 1 if `load` refuses it."""
+    from rankwise.checkpoint import inspect
+    from rankwise.cli.inspection import report
+
+    found = inspect(adapter)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _console().print(*report(found), sep="\n")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command()
