@@ -175,13 +175,14 @@ def _output_heads(model: nn.Module) -> set[int]:
 def keys_under(kept: Iterable[str], paths: Iterable[str]) -> list[str]:
     """The module paths (or tensors' names) that are, or lie below, a module that one of some suffixes names."""
     wanted = set(kept)
-    return [path for path in paths if not wanted.isdisjoint(_runs(path))] if wanted else []
+    lengths = {keep.count(".") + 1 for keep in wanted}
+    return [path for path in paths if any(run in wanted for length in lengths for run in _runs(path, length))]
 
 
-def _runs(path: str) -> Iterator[str]:
-    """``a.b.c`` → a, a.b, b, a.b.c, b.c, c."""
+def _runs(path: str, length: int) -> Iterator[str]:
+    """Parts of a path that follow each other; of ``a.b.c`` with length 2: a.b, b.c."""
     parts = path.split(".")
-    return (".".join(parts[i:j]) for j in range(1, len(parts) + 1) for i in range(j))
+    return (".".join(parts[first : first + length]) for first in range(len(parts) - length + 1))
 
 
 def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:

@@ -15,7 +15,7 @@ from rankwise.errors import BrokenFile
 from rankwise.json_object import as_object
 
 HEADER_LIMIT = 16 * 2**20  # bytes; the largest adapters, of mixtures of experts, have some 10 MB
-_NAME_LIMIT, _PARTS_LIMIT = 1000, 40  # letters, and parts between dots, of a tensor's name
+_NAME_LIMIT, _PARTS_LIMIT = 1000, 24  # letters, and parts between dots, of a tensor's name
 _AXES, _AXIS_LIMIT = 8, 2**31
 # Bits of a number. Types that torch cannot hold are left out.
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}

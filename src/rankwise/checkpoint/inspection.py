@@ -60,7 +60,7 @@ class SiteFacts:
         shape: (out, in) of the weight as one matrix.
         rank, scale: of ΔW = scale · B A; of a bottleneck, its width and 1.
         dtype: of the stored tensors.
-        change: ‖ΔW‖_F; NaN for a bottleneck.
+        change: ‖ΔW‖_F; None for a bottleneck, and where it is beyond fp32.
     """
 
     name: str
@@ -69,7 +69,7 @@ class SiteFacts:
     rank: int
     scale: float
     dtype: str
-    change: float
+    change: float | None
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def inspect(directory: str | Path) -> Inspection:
     problems = _Problems()
     files = tuple(_files(folder, notes))
     config = problems.catch(lambda: read_json(folder / CONFIG)) or {}
-    entries = problems.catch(lambda: tensor_entries(folder / TENSORS)) or {}
+    header = problems.catch(lambda: tensor_entries(folder / TENSORS))
+    entries = header or {}
     spec = None
     whole: list[str] = []
     sites: list[SiteFacts] = []
@@ -129,7 +130,7 @@ def inspect(directory: str | Path) -> Inspection:
         sites = list(_bottlenecks(folder, entries, problems))
     elif config:
         spec = problems.catch(lambda: _spec(folder / CONFIG, config))
-    if spec is not None and entries:
+    if spec is not None and header is not None:
         whole = keys_under(spec.modules_to_save, entries)
         problems.catch(lambda: _check_finite(folder / TENSORS, whole))
         sites = list(_sites(folder, config, spec, _without(entries, whole), problems))
@@ -231,15 +232,16 @@ def _sites(
             keys.setdefault(found[0], []).append(key)
     if not keys:
         problems.found.append(f"MissingTensor: {where}: holds no pair of tensors")
+        return
     given = None if adalora else problems.catch(lambda: ranks_and_alphas(folder / CONFIG, spec, list(keys)))
     for path, own in keys.items():
         site = problems.catch(lambda path=path, own=own: _site(folder, config, spec, path, own, given))  # type: ignore[misc]
         if site is not None:
             dtype = ", ".join(sorted({entries[key].dtype for key in own}))
             out, into = site.delta.shape
-            yield SiteFacts(
-                path, site.kind, (out, into), site.delta.rank, site.delta.scale, dtype, float(site.delta.norm())
-            )
+            change = float(site.delta.norm())
+            size = change if math.isfinite(change) else None
+            yield SiteFacts(path, site.kind, (out, into), site.delta.rank, site.delta.scale, dtype, size)
 
 
 def _site(
@@ -269,7 +271,7 @@ def _bottlenecks(folder: Path, entries: Mapping[str, TensorEntry], problems: _Pr
         up = parts["up.weight"]
         if len(up.shape) == 2:
             out, width = up.shape
-            yield SiteFacts(path, "bottleneck", (out, out), width, 1.0, up.dtype, math.nan)
+            yield SiteFacts(path, "bottleneck", (out, out), width, 1.0, up.dtype, None)
 
 
 def _check_finite(where: Path, names: Iterable[str]) -> None:

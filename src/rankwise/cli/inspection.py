@@ -62,8 +62,8 @@ def _sites(found: Inspection) -> Table:
         place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name)
         groups[place, site.kind, site.shape, site.rank, site.scale, site.dtype].append(site)
     for (place, kind, (out, into), rank, scale, dtype), alike in groups.items():
-        changes = sorted(site.change for site in alike)
-        norms = f"{changes[0]:.3g}" if len(alike) == 1 else f"{changes[0]:.3g} – {changes[-1]:.3g}"
+        changes = sorted((f"{site.change:.3g}" for site in alike if site.change is not None), key=float)
+        norms = " – ".join(dict.fromkeys((changes[0], changes[-1]))) if changes else ""
         table.add_row(_shown(place), str(len(alike)), kind, f"{out} × {into}", str(rank), f"{scale:.4g}", dtype, norms)
     return table
 
