@@ -129,6 +129,10 @@ def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="Directory for the merged model; must not hold files yet.")],
     base: Base = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    most_lost: Annotated[
+        float, typer.Option(help="Share of the adapter's change that rounding may swallow; more is refused. 1: any.")
+    ] = 0.7,
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model."""
     from rankwise.train.merged import save_merged
@@ -137,7 +141,7 @@ def merge(
 
     console = _console()
     with busy(console, "Folding the adapter into the model"):
-        report = save_merged(adapter, base, out)
+        report = save_merged(adapter, base, out, most_lost=most_lost, max_shard_size=max_shard_size)
     console.print(merge_table(report, out))
 
 
