@@ -13,7 +13,7 @@ RankwiseError
 │   ├── MissingTensor · UnexpectedTensor · ShapeMismatch · NonFiniteTensor
 │   ├── BrokenFile          truncated, not safetensors, not JSON
 │   ├── UnsupportedAdapter  well-formed, but of a kind that is not read here
-│   ├── UnsafeFile          pickle: refused, never opened
+│   ├── UnsafeFile          a pickle, code, or a link out of the directory: refused, never opened
 │   ├── BaseMismatch        written for another base model
 │   └── SpecMismatch        a run's state that was saved with another spec
 ├── MergeError              folding would lose or corrupt something
@@ -93,7 +93,7 @@ class UnsupportedAdapter(CheckpointError):
 
 
 class UnsafeFile(CheckpointError):
-    """A pickle file: refused, never opened."""
+    """A pickle, code of its own, or a link out of the directory: refused, never opened."""
 
 
 class BaseMismatch(CheckpointError):

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from rankwise.errors import BrokenFile, NonFiniteTensor, UnsafeFile
+from rankwise.json_object import as_object
+from rankwise.tensor_header import TensorEntry, read_header
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -47,62 +49,113 @@ def write_json(path: Path, content: Any) -> None:
     write_file(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
+JSON_LIMIT = 16 * 2**20  # bytes
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        BrokenFile: absent, not UTF-8 JSON, not an object, or with a duplicate key.
+        BrokenFile: absent, too large, not UTF-8 JSON, not an object, or with a duplicate key.
+        UnsafeFile: a link that leaves the directory.
     """
     if not path.is_file():
         raise BrokenFile(f"{path}: no such file; expected an adapter directory with adapter_config.json in it")
+    return as_object(str(path), read_limited(path))
+
+
+def read_limited(path: Path) -> bytes:
+    """A small file's content.
+
+    Raises:
+        BrokenFile: absent or too large. UnsafeFile: a link that leaves the directory.
+    """
+    check_stays_inside(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BrokenFile(f"{path}: not valid JSON ({error})") from None
-    except _Duplicate as error:
-        raise BrokenFile(f"{path}: the key {error.args[0]!r} appears twice in one object") from None
-    if not isinstance(content, dict):
-        raise BrokenFile(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+        size = path.stat().st_size
+        if size > JSON_LIMIT:
+            raise BrokenFile(f"{path}: has {size} bytes; expected at most {JSON_LIMIT}: it is not what its name says")
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
 
 
-class _Duplicate(Exception):
-    pass
+def check_stays_inside(path: Path) -> None:
+    """Refuse a link out of its directory, which would open a file of its writer's choice.
+
+    The hub's cache is made of such links, from ``models--x/snapshots/<revision>`` to ``models--x/blobs``: these pass.
+
+    Raises:
+        UnsafeFile: as it says.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UnsafeFile(
+            f"{path}: is a link to {target}, outside its directory, and is not followed; copy the file there"
+        )
 
 
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in items:
-        if key in found:
-            raise _Duplicate(key)
-        found[key] = value
-    return found
+def is_pickle(path: Path) -> bool:
+    """Whether a file's name says that it is one."""
+    return path.suffix in _PICKLES
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, each finite.
 
     Raises:
-        BrokenFile: absent, truncated or malformed. UnsafeFile: only a pickle is there.
+        BrokenFile: absent, truncated or malformed. UnsafeFile: only a pickle is there, or a link out of the directory.
         NonFiniteTensor: NaN or infinity.
     """
+    return dict(each_tensor(path, tensor_entries(path)))
+
+
+def tensor_entries(path: Path) -> dict[str, TensorEntry]:
+    """What a safetensors file's header says; no tensor is read.
+
+    Raises:
+        BrokenFile, UnsafeFile: see :func:`read_tensors`.
+    """
     if not path.is_file():
-        pickles = [p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        pickles = sorted(found.name for found in path.parent.glob("*") if is_pickle(found))
         if pickles:
             raise UnsafeFile(
                 f"{path.parent}: holds {pickles[0]}, a pickle, which can run code when opened and is refused; "
                 f"expected {path.name}: convert it with safetensors in an environment that you trust"
             )
         raise BrokenFile(f"{path}: no such file")
+    check_stays_inside(path)
+    try:
+        return read_header(path)
+    except OSError as error:
+        raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def each_tensor(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of some of a file's tensors, read one at a time, each finite.
+
+    Raises:
+        BrokenFile: the file is not what its header says. NonFiniteTensor: NaN or infinity.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
-            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+            for name in names:
+                tensor = stream.get_tensor(name)
+                if not _is_finite(tensor):
+                    raise NonFiniteTensor(
+                        f"{path}: {name} holds NaN or infinity; expected finite numbers: the run diverged"
+                    )
+                yield name, tensor
     except (SafetensorError, OSError, ValueError) as error:
         raise BrokenFile(
             f"{path} ({path.stat().st_size} bytes): not a whole safetensors file ({error}); "
             f"it may be truncated, a Git LFS pointer or a renamed pickle: fetch it again"
         ) from None
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise NonFiniteTensor(f"{path}: {key} holds NaN or infinity; expected finite numbers: the run diverged")
-    return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())

@@ -37,6 +37,12 @@ class MergeReport:
     sites: Mapping[str, SiteMerge]
 
     @property
+    def lost(self) -> float:
+        """Share of the whole change that rounding swallowed: ‖errors‖ / ‖changes‖ over all sites."""
+        change = math.hypot(*(site.change for site in self.sites.values()))
+        return math.hypot(*(site.lost * site.change for site in self.sites.values())) / change if change else 0.0
+
+    @property
     def worst(self) -> str:
         """The site that lost the largest share of its change."""
         return max(self.sites, key=lambda name: self.sites[name].lost)
@@ -44,22 +50,31 @@ class MergeReport:
     def __str__(self) -> str:
         losses = sorted(site.lost for site in self.sites.values())
         return (
-            f"merged {len(self.sites)} sites; rounding lost {losses[len(losses) // 2]:.2%} of the change at the median "
-            f"site, {losses[-1]:.2%} at the worst ({self.worst})"
+            f"merged {len(self.sites)} sites; rounding lost {self.lost:.2%} of the change, "
+            f"{losses[len(losses) // 2]:.2%} at the median site, {losses[-1]:.2%} at the worst ({self.worst})"
         )
 
 
+# Past it more than half of the change's energy is gone, and the merged weights are nearer to the pretrained ones than
+# to the trained. Measured on SmolLM2-135M in bf16: where 23 % of the change was lost, the logits were off by 9 % of what
+# the adapter had moved them; at 59 % lost by 26 %, at 84 % by 60 %, at 95 % by more than all of it.
+MOST_LOST = 0.7
+
+
 @torch.no_grad()
-def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
+def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_LOST) -> MergeReport:
     """Fold the active adapters into the base: the model is plain again, with no cost left at inference.
 
     Args:
         keep_base: hold on to the pretrained weights, so that ``unmerge`` or ``detach`` restore them bit for bit. False
             frees them and forgets the adapters.
+        most_lost: the largest share of the whole change (:attr:`MergeReport.lost`) that rounding may swallow; 1 and
+            more accepts any. Of the whole change and not of each site's: where a layer's change is far below rounding,
+            so is what losing it costs.
 
     Raises:
-        MergeError: NaN or infinity in a folded weight, a quantised base, or a weight that another module shares. The
-            model is then left as it was.
+        MergeError: NaN or infinity in a base weight, a change or a folded weight, a quantised base, a weight that
+            another module shares, or more lost than ``most_lost``. The model is then left as it was.
         AttachError: the model carries no adapter.
     """
     owner, record = host(model)
@@ -72,6 +87,8 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
     _check_unshared(owner, active)
     forget_compiled()
     folded = {path: _fold(owner.get_submodule(path), slot) for path, slot in active.items()}
+    report = MergeReport({path: site for path, (_, site) in folded.items()})
+    _check_lost(owner, report, most_lost)
     for path, slot in slots(owner).items():
         layer: Any = owner.get_submodule(path)
         record.merged.append((path, layer.weight.data, slot))
@@ -82,7 +99,17 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
         remove_slot(layer)
     if not keep_base:
         uninstall(owner)
-    return MergeReport({path: report for path, (_, report) in folded.items()})
+    return report
+
+
+def _check_lost(model: nn.Module, report: MergeReport, most_lost: float) -> None:
+    if most_lost < 1.0 and report.lost > most_lost:
+        layer: Any = model.get_submodule(report.worst)
+        raise MergeError(
+            f"rounding to {layer.weight.dtype} would lose {report.lost:.0%} of the change ({report.worst}: "
+            f"{report.sites[report.worst].lost:.0%}); expected at most {most_lost:.0%}: load the base in fp32 and "
+            f"merge there, keep the adapter apart, or accept it with most_lost=1.0"
+        )
 
 
 def _check_changes_of_weight(active: Mapping[str, Slot]) -> None:
@@ -128,8 +155,16 @@ def _fold(layer: Any, slot: Slot) -> tuple[Tensor, SiteMerge]:
         rows = slice(first, first + step)
         squares += _fold_rows(before[rows], after[rows], adapters, rows)
     change, lost, base = squares.sqrt().tolist()
+    if not math.isfinite(base):
+        raise MergeError(
+            f"{slot.site_name}: the base weight holds NaN or infinity; expected finite numbers: load it again"
+        )
     if not math.isfinite(change):
         raise MergeError(f"{slot.site_name}: the adapter's change holds NaN or infinity; expected finite numbers")
+    if not math.isfinite(lost):
+        raise MergeError(
+            f"{slot.site_name}: the sum of weight and change is beyond {stored.dtype}; load the base in bf16 or fp32"
+        )
     return folded, SiteMerge(change, change / max(base, 1e-30), lost / change if change else 0.0)
 
 

@@ -1,13 +1,13 @@
 """plan: which modules a spec adapts, with which rank and scale. Pure: nothing is changed."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
 from rankwise.errors import SpecError, TargetError
 from rankwise.layers import EmbeddingKind, kind_of
+from rankwise.patterns import matching, matching_ends, names_by_end
 from rankwise.registry import nearest
 from rankwise.saved import SAVED, SLOT
 from rankwise.sites import Site
@@ -58,9 +58,12 @@ def plan(model: nn.Module, spec: LoRA) -> Plan:
     """
     modules_saved_whole(model, spec.modules_to_save)
     chosen = target_layers(model, spec.target_modules, spec.exclude_modules, spec.modules_to_save)
-    _check_patterns("rank_pattern", spec.rank_pattern, chosen)
-    _check_patterns("alpha_pattern", spec.alpha_pattern, chosen)
-    sites = Plan(_site(name, layer, spec) for name, layer in chosen.items())
+    names = list(chosen)
+    ranks = pattern_values("rank_pattern key", spec.rank_pattern, names, spec.rank)
+    alphas = pattern_values("alpha_pattern key", spec.alpha_pattern, names, spec.alpha)
+    _check_patterns("rank_pattern", spec.rank_pattern, names)
+    _check_patterns("alpha_pattern", spec.alpha_pattern, names)
+    sites = Plan(_site(name, layer, spec, ranks[name], alphas[name]) for name, layer in chosen.items())
     for site in sites:
         if site.rank > min(site.shape):
             raise SpecError(
@@ -71,20 +74,26 @@ def plan(model: nn.Module, spec: LoRA) -> Plan:
     return sites
 
 
-def _site(name: str, layer: nn.Module, spec: LoRA) -> Site:
+def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> Site:
     kind = kind_of(layer)
     assert kind is not None
     assert isinstance(spec.variant, Variant)
-    rank = pattern_value(spec.rank_pattern, name, spec.rank)
-    alpha = pattern_value(spec.alpha_pattern, name, spec.alpha)
     shape = kind.shape(layer)
     initial = spec.variant.initial_rank(rank, shape)
     return Site(name, kind.name, shape, initial, spec.scale(rank, alpha), None if initial == rank else rank)
 
 
-def pattern_value(pattern: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first key that matches the end of a module path, as PEFT matches it."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+def pattern_values(field: str, pattern: Mapping[str, T], names: Sequence[str], default: T) -> dict[str, T]:
+    """Module path → the value of the first key that matches its end, as PEFT matches it.
+
+    Raises:
+        TargetError: a key is no regular expression, or takes too long.
+    """
+    values = dict.fromkeys(names, default)
+    found = matching_ends(field, pattern, names)
+    for key in reversed(list(pattern)):  # the first one has the last word
+        values |= dict.fromkeys(found[key], pattern[key])
+    return values
 
 
 def target_layers(
@@ -104,7 +113,7 @@ def target_layers(
             f"expected layers inside a model: wrap it, as torch.nn.Sequential(layer) does"
         )
     modules = _base_modules(model)
-    saved = {name for name in modules for keep in saved_whole if under(keep, name)}
+    saved = set(keys_under(saved_whole, modules))
     matched = _select(modules, targets, _output_heads(model))
     left_out = _matches("exclude_modules", modules, excluded) if excluded else set()
     chosen = {name: modules[name] for name in matched if name not in left_out and name not in saved}
@@ -163,25 +172,31 @@ def _output_heads(model: nn.Module) -> set[int]:
     return heads | {id(m) for m in model.modules() if _is_linear(m) and id(m.weight) in tables}
 
 
-def under(keep: str, name: str) -> bool:
-    """Whether a module path is, or lies below, a module that a suffix names."""
-    return f".{keep}." in f".{name}."
+def keys_under(kept: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The module paths (or tensors' names) that are, or lie below, a module that one of some suffixes names."""
+    wanted = set(kept)
+    lengths = {keep.count(".") + 1 for keep in wanted}
+    return [path for path in paths if any(run in wanted for length in lengths for run in _runs(path, length))]
+
+
+def _runs(path: str, length: int) -> Iterator[str]:
+    """Parts of a path that follow each other; of ``a.b.c`` with length 2: a.b, b.c."""
+    parts = path.split(".")
+    return (".".join(parts[first : first + length]) for first in range(len(parts) - length + 1))
 
 
 def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:
     """Paths that a regular expression matches whole, or that a list of (last parts of) names matches."""
     if isinstance(patterns, str):
-        try:
-            found = {name for name in modules if re.fullmatch(patterns, name)}
-        except re.error as error:
-            raise TargetError(f"{field} {patterns!r} is not a regular expression: {error}") from None
+        found = matching(field, patterns, list(modules))
         if not found:
             raise TargetError(
                 f"{field} {patterns!r} matches no module as a regular expression of the whole path; "
                 f"for module names give a list such as [{patterns!r}]; the model has {_examples(modules)}"
             )
         return found
-    hits = {p: {name for name in modules if name == p or name.endswith(f".{p}")} for p in patterns}
+    by_end = names_by_end(modules)
+    hits = {p: by_end.get(p, set()) for p in patterns}
     missing = [p for p, names in hits.items() if not names]
     if missing:
         known = {name.rpartition(".")[2] for name in modules if kind_of(modules[name])}
@@ -200,7 +215,7 @@ def _examples(modules: dict[str, nn.Module]) -> str:
     return f"adaptable modules named {', '.join(names[:12])}" if names else "no adaptable module"
 
 
-def _check_patterns(field: str, pattern: Mapping[str, Any], chosen: Iterable[str]) -> None:
-    for key in pattern:
-        if not any(re.match(rf"(.*\.)?({key})$", name) for name in chosen):
+def _check_patterns(field: str, pattern: Mapping[str, Any], chosen: Sequence[str]) -> None:
+    for key, found in matching_ends(field, pattern, chosen).items():
+        if not found:
             raise TargetError(f"{field} key {key!r} matches none of the adapted modules")

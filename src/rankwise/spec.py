@@ -1,14 +1,14 @@
 """``LoRA(...)`` and ``Bottleneck(...)``: what to adapt and how, validated when it is made."""
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
 
-from rankwise.errors import SpecError
+from rankwise.errors import SpecError, TargetError
 from rankwise.inits import INITS, Init
+from rankwise.patterns import check_expressions
 from rankwise.registry import as_plain, name_of, nearest, resolve
 from rankwise.scaling import SCALINGS
 from rankwise.variants import ACTIVATIONS, VARIANTS, Variant
@@ -197,9 +197,11 @@ def _pattern(field_name: str, value: Any, check: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise SpecError(f"{field_name} must map a module pattern to a number, found {value!r}")
     for key, item in value.items():
-        try:
-            re.compile(key)
-        except (re.error, TypeError) as error:
-            raise SpecError(f"{field_name} key {key!r} is not a regular expression: {error}") from None
+        if not isinstance(key, str) or not key:
+            raise SpecError(f"{field_name} key {key!r} is not a regular expression for a module's name")
         check(f"{field_name}[{key!r}]", item)
+    try:
+        check_expressions(f"{field_name} key", value)
+    except TargetError as error:
+        raise SpecError(str(error)) from None
     return MappingProxyType(dict(value))

@@ -13,7 +13,7 @@ from torch import nn
 from zoo import left_as_it_was, perturb, zoo_and_inputs
 
 import rankwise as rw
-from rankwise.checkpoint import load_state, save_state
+from rankwise.checkpoint import inspect, load_state, save_state
 from rankwise.errors import (
     BaseMismatch,
     BrokenFile,
@@ -134,6 +134,70 @@ def without_linear_nor_list(folder: Path) -> None:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 HUGE_HEADER = (2**62).to_bytes(8, "little") + b"{}"
+
+
+def _header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Rewrite the header of the tensors' file and leave the data."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        changed = change(header)
+        text = changed if isinstance(changed, bytes) else json.dumps(header if changed is None else changed).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+    return spoil
+
+
+def _entry(**fields: Any) -> Callable[[Path], None]:
+    return _header(lambda header: header[KEY + "linear.lora_A.weight"].update(fields))
+
+
+def _twice(header: dict[str, Any]) -> bytes:
+    entry = json.dumps({KEY + "linear.lora_A.weight": header[KEY + "linear.lora_A.weight"]})
+    return json.dumps(header).encode()[:-1] + b", " + entry.encode()[1:]
+
+
+def _overlapping(header: dict[str, Any]) -> None:
+    """Two tensors of one size in one place, which leaves a hole where the second was."""
+    header[KEY + "linear.lora_A.weight"] = header[KEY + "wide.lora_A.weight"]
+
+
+def _renamed(name: str) -> Callable[[Path], None]:
+    return _header(lambda header: header.update({name: header.pop(KEY + "linear.lora_A.weight")}))
+
+
+def appended(folder: Path) -> None:
+    with (folder / "adapter_model.safetensors").open("ab") as stream:
+        stream.write(b"more")
+
+
+def larger_than_read(folder: Path) -> None:
+    """A header of 17 MB that a file of that size could have."""
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes((17 * 2**20).to_bytes(8, "little") + b"{" + b" " * (17 * 2**20 - 2) + b"}")
+
+
+def link_out(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        elsewhere = folder.parent / f"elsewhere-{name}"
+        (folder / name).rename(elsewhere)
+        (folder / name).symlink_to(elsewhere)
+
+    return spoil
+
+
+def huge_config(folder: Path) -> None:
+    with (folder / "adapter_config.json").open("ab") as stream:
+        stream.write(b" " * (16 * 2**20))
+
+
+def many_links(folder: Path) -> None:
+    (folder / "adapter_config.json").unlink()
+    (folder / "adapter_config.json").symlink_to(folder / "adapter_config.json")
+
 
 BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "half a pair": (
@@ -286,6 +350,73 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         SpecError,
         r"rank_pattern key '\(' is not a regular expression",
     ),
+    "a header above the limit": (larger_than_read, BrokenFile, r"header has 17825792 bytes, more than the 16777216"),
+    "a tensor twice": (_header(_twice), BrokenFile, r"header: the key 'base_model.model.linear.lora_A.weight' appears"),
+    "tensors that overlap": (_header(_overlapping), BrokenFile, r"which overlaps the tensor before it|leaves bytes"),
+    "something appended": (appended, BrokenFile, r"not a whole safetensors file; its tensors take \d+ bytes, \d+ are"),
+    "a shape that its bytes do not fit": (_entry(shape=[4, 13]), BrokenFile, r"shape \(4, 13\) of F32 takes 208 bytes"),
+    "a shape that multiplies over": (_entry(shape=[2**62, 4]), BrokenFile, r"shape is \[4611686018427387904, 4\]"),
+    "a negative shape": (_entry(shape=[-4, -12]), BrokenFile, r"shape is \[-4, -12\]"),
+    "a type that is none": (_entry(dtype="F33"), BrokenFile, r'dtype is "F33"; expected one of BOOL'),
+    "bytes outside the file": (
+        _entry(data_offsets=[10**9, 10**9 + 192]),
+        BrokenFile,
+        r"leaves bytes that belong to none",
+    ),
+    "a header that is a list": (_header(lambda header: [header]), BrokenFile, r"header: expected a JSON object"),
+    "a header without shapes": (_header(lambda header: dict.fromkeys(header, 3)), BrokenFile, r"expected dtype, shape"),
+    "a name with commands for the terminal": (_renamed(KEY + "\x1b[2J.lora_A.weight"), BrokenFile, r"no tensor's name"),
+    "a name without end": (_renamed("a" * 1001), BrokenFile, r"no tensor's name; expected at most 1000"),
+    "a name that climbs": (
+        tensors(lambda f: f.update({KEY + f"../../etc.lora_{h}.weight": torch.ones(4, 4) for h in "AB"})),
+        BaseMismatch,
+        r"'\.\./\.\./etc', which this model lacks",
+    ),
+    "tensors that are a link": (
+        link_out("adapter_model.safetensors"),
+        UnsafeFile,
+        r"is a link to .*outside its directory",
+    ),
+    "a config that is a link": (link_out("adapter_config.json"), UnsafeFile, r"is a link to .*outside its directory"),
+    "an own file that is a link": (link_out("rankwise.json"), UnsafeFile, r"is a link to .*outside its directory"),
+    "a link to itself": (many_links, BrokenFile, r"adapter_config.json"),
+    "a config above the limit": (
+        huge_config,
+        BrokenFile,
+        r"adapter_config.json: has \d+ bytes; expected at most 16777216",
+    ),
+    "a number of 5000 digits": (
+        write("adapter_config.json", b'{"peft_type": "LORA", "r": ' + b"9" * 5000 + b"}"),
+        BrokenFile,
+        r"adapter_config.json: not valid JSON",
+    ),
+    "half a letter": (
+        write("adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "\\ud800"}'),
+        BrokenFile,
+        r"half of a surrogate pair",
+    ),
+    "code of its own": (
+        config(auto_map={"AutoModel": "modeling.Model"}),
+        UnsafeFile,
+        r"auto_map asks to run code that comes with the adapter; none is run here",
+    ),
+    "trust": (config(trust_remote_code=True), UnsafeFile, r"trust_remote_code asks to run code"),
+    "a base that is no name": (
+        config(base_model_name_or_path=["x"]),
+        BrokenFile,
+        r"base_model_name_or_path is \['x'\]",
+    ),
+    "a switch that is none": (config(use_dora="no"), BrokenFile, r"use_dora is 'no'; expected bool or null"),
+    "rank true": (config(r=True), SpecError, r"rank must be a positive integer, found True"),
+    "rank -8": (config(r=-8), SpecError, r"rank must be a positive integer, found -8"),
+    "alpha too large for a float": (config(lora_alpha=10**400), SpecError, r"alpha must be a positive finite number"),
+    "alpha a string": (config(lora_alpha="16"), SpecError, r"alpha must be a positive finite number, found '16'"),
+    "alpha true": (config(lora_alpha=True), SpecError, r"alpha must be a positive finite number, found True"),
+    "a pattern that never ends": (
+        config(rank_pattern={"(?:(?:(?:(?:.*)*)*)*)*!": 4}),
+        SpecError,
+        r"adapter_config.json: rank_pattern key '.*': not done with \d+ module names after 2 s",
+    ),
     "dora without magnitudes": (config(use_dora=True), MissingTensor, r"lora_magnitude_vector"),
 }
 
@@ -300,6 +431,28 @@ def test_a_bad_directory_is_refused_and_the_model_left_as_it_was(name: str, fold
     adapted = rw.attach(model(), rw.LoRA(rank=2, target_modules=["linear"]))
     with left_as_it_was(adapted), pytest.raises(error, match=message):  # beside another adapter too
         rw.load(adapted, folder, name="second")
+
+
+# What only the model tells.
+_FITS_ITSELF = {
+    "a target missing", "an unknown module", "A too wide", "B too tall", "another kernel", "a name that climbs",
+    "a linear in the place of a convolution", "dora without magnitudes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_inspect_reports_what_load_refuses(name: str, folder: Path):
+    spoil, error, _ = BAD[name]
+    spoil(folder)
+    found = inspect(folder)
+    kinds = error if isinstance(error, tuple) else (error,)
+    assert (
+        not found.problems
+        if name in _FITS_ITSELF
+        else any(problem.startswith(f"{kind.__name__}: ") for kind in kinds for problem in found.problems)
+    ), found.problems
+    assert bool(found.engines) != bool(found.problems)
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_the_sound_directory_loads(folder: Path):

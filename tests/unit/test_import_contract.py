@@ -15,7 +15,9 @@ SRC = Path(rankwise.__file__).parent
 # From the bottom up. A module imports only from the rows above its own, never its siblings.
 LAYERS = (
     {"errors", "shapes"},
-    {"files", "registry", "saved", "sites", "lowrank", "add_low_rank"},
+    {"json_object"},
+    {"tensor_header"},
+    {"files", "registry", "patterns", "pattern_worker", "saved", "sites", "lowrank", "add_low_rank"},
     {"layers"},
     {"scaling", "inits", "variants", "combine"},
     {"spec"},

@@ -27,7 +27,7 @@ def test_the_report_says_what_rounding_swallowed(dtype: torch.dtype, size: float
     changes = {p.name: p.layer.double().delta().dense().detach() for p in rw.pairs(adapted)}
     for pair in rw.pairs(adapted):
         pair.layer.float()
-    report = rw.merge(adapted)
+    report = rw.merge(adapted, most_lost=1.0)
     for name, change in changes.items():
         before, after = (
             base.get_submodule(name).weight.detach().double(),
@@ -42,6 +42,48 @@ def test_the_report_says_what_rounding_swallowed(dtype: torch.dtype, size: float
     assert f"{report.sites[report.worst].lost:.2%} at the worst ({report.worst})" in str(report)
     if dtype == torch.bfloat16 and size == 1e-5:
         assert report.sites[report.worst].lost > 0.5  # so small a change does not survive bf16
+
+
+def test_a_merge_that_loses_most_of_the_change_is_refused_unless_told():
+    adapted = rw.attach(model(torch.bfloat16), rw.LoRA(rank=4))
+    perturb(adapted, 1e-5)
+    with (
+        left_as_it_was(adapted),
+        pytest.raises(MergeError, match=r"^rounding to torch.bfloat16 would lose \d+% .*at most 70%.*most_lost=1.0"),
+    ):
+        rw.merge(adapted)
+    with left_as_it_was(adapted), pytest.raises(MergeError, match=r"at most 1%"):
+        rw.merge(adapted, keep_base=False, most_lost=0.01)
+    assert rw.merge(adapted, most_lost=1.0).lost > 0.5
+
+
+def test_a_layer_whose_change_is_below_rounding_does_not_stand_in_the_way():
+    adapted = rw.attach(model(torch.bfloat16), rw.LoRA(rank=4))
+    perturb(adapted, 0.05)
+    with torch.no_grad():
+        rw.pairs(adapted)[0].parameters[1].mul_(1e-4)
+    report = rw.merge(adapted)
+    assert report.worst == "0"
+    assert report.sites["0"].lost > 0.5 > 0.1 > report.lost
+    whole = sum((site.lost * site.change) ** 2 for site in report.sites.values()) ** 0.5
+    assert report.lost == pytest.approx(whole / sum(site.change**2 for site in report.sites.values()) ** 0.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_base_that_is_not_finite(bad: float):
+    adapted = rw.attach(model(), rw.LoRA(rank=4))
+    perturb(adapted, 0.1)
+    with torch.no_grad():
+        adapted[2].weight[3, 3] = bad
+    with left_as_it_was(adapted), pytest.raises(MergeError, match=r"^2: the base weight holds NaN or infinity"):
+        rw.merge(adapted)
+
+
+def test_a_sum_beyond_half_precision():
+    adapted = rw.attach(model(torch.float16), rw.LoRA(rank=4))
+    perturb(adapted, 300.0)
+    with left_as_it_was(adapted), pytest.raises(MergeError, match=r"^0: the sum .* is beyond torch.float16; load"):
+        rw.merge(adapted)
 
 
 def test_an_adapter_that_changes_nothing_loses_nothing():

@@ -18,6 +18,12 @@ from rankwise.errors import MissingTensor, ShapeMismatch, SpecError
 LAMBDA = ".lora_E"
 
 
+def site_and_suffix(key: str) -> tuple[str, str] | None:
+    """Module path and kind of tensor that a name in AdaLoRA's file tells of; None where it is no site's."""
+    path, _, suffix = key.rpartition(".")
+    return (path.removeprefix("base_model.model."), suffix) if suffix in ("lora_A", "lora_B", "lora_E") else None
+
+
 def as_lora(
     where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:

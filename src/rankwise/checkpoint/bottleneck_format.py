@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from rankwise.spec import Bottleneck
 from rankwise.variants import AdapterLayer, BottleneckLayer
 
 PEFT_TYPE = "RANKWISE_BOTTLENECK"
+T = TypeVar("T")
 _TENSORS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
@@ -56,14 +57,19 @@ def read_bottlenecks(
     except (KeyError, TypeError) as error:
         raise BrokenFile(f"{folder / CONFIG}: no bottleneck's spec in it ({error})") from None
     layers = {
-        path: _restore(model, spec, path, found, folder / TENSORS) for path, found in _by_site(tensors, folder).items()
+        path: _restore(model, spec, path, found, folder / TENSORS)
+        for path, found in bottlenecks_by_site(tensors, folder).items()
     }
     return spec, layers, read_probes(folder / CONFIG, config)
 
 
-def _by_site(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Module path → name in the layer → tensor."""
-    found: dict[str, dict[str, Tensor]] = {}
+def bottlenecks_by_site(tensors: Mapping[str, T], folder: Path) -> dict[str, dict[str, T]]:
+    """Module path → name in the layer → tensor, or whatever else is known by the tensors' names.
+
+    Raises:
+        MissingTensor, UnexpectedTensor: they make no bottlenecks.
+    """
+    found: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
         suffix = next((s for s in _TENSORS if key.endswith(f".{s}")), None)
         if suffix is None:

@@ -1,6 +1,6 @@
 """save and load: an adapter between a model and a PEFT directory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMisma
 from rankwise.files import read_json
 from rankwise.layers import Kind, dequantised, forbid_repacking, is_quantised, kind_of
 from rankwise.lowrank import LowRank
-from rankwise.plan import modules_saved_whole, under
+from rankwise.patterns import ends_of
+from rankwise.plan import keys_under, modules_saved_whole
 from rankwise.registry import nearest
 from rankwise.saved import SAVED, check_copyable, copied_values
 from rankwise.sites import Site
@@ -65,6 +66,7 @@ def load(
     trainable: bool = False,
     name: str = "default",
     allow_other_base: bool = False,
+    modules_to_save: Sequence[str] | None = None,
 ) -> nn.Module:
     """Put an adapter from a PEFT directory, whoever wrote it, on ``model``, and make it the active one.
 
@@ -72,6 +74,8 @@ def load(
         trainable: whether its tensors are to be trained on.
         name: what to call it here.
         allow_other_base: load although the recorded base weights differ from this model's.
+        modules_to_save: the modules that the file may replace whole, by (the last parts of) their names; () for none.
+            Default: those that its own configuration names, as PEFT does. ``rankwise.checkpoint.inspect`` lists them.
 
     Returns:
         The same model.
@@ -91,6 +95,7 @@ def load(
         install(owner, name, bottleneck, layers, trainable=trainable)
         return model
     adapter = read_adapter(directory)
+    _check_allowed(adapter, modules_to_save, Path(directory) / TENSORS)
     _check_promised(owner, adapter, Path(directory) / TENSORS)
     variant = adapter.spec.variant
     assert isinstance(variant, Variant)
@@ -111,7 +116,8 @@ def _saved_whole(model: nn.Module, adapter: Adapter, where: Path) -> dict[str, d
 
     PEFT lists heads that a model may have ("classifier", "score"): a name without tensors that fits no module is none.
     """
-    present = [n for n in adapter.spec.modules_to_save if any(under(n, p) for p, _ in model.named_modules())]
+    known = {end for path, _ in model.named_modules() for end in ends_of(path)}
+    present = [name for name in adapter.spec.modules_to_save if name in known]
     whole = modules_saved_whole(model, present)
     found = {path: {k: v for k, v in adapter.saved.items() if k.startswith(f"{path}.")} for path in whole}
     strays = adapter.saved.keys() - {key for tensors in found.values() for key in tensors}
@@ -138,6 +144,18 @@ def _check_state(where: Path, path: str, own: Mapping[str, Tensor], found: Mappi
                 f"{where}: {key} is {tuple(found[key].shape)}, expected {tuple(tensor.shape)}; give this model a "
                 f"{path} of that size (for a classifier: the same number of labels)"
             )
+        if found[key].is_floating_point() != tensor.is_floating_point():
+            raise ShapeMismatch(f"{where}: {key} is {found[key].dtype}, expected {tensor.dtype} as in this model")
+
+
+def _check_allowed(adapter: Adapter, names: Sequence[str] | None, where: Path) -> None:
+    """If the caller names modules, no other is replaced."""
+    strays = adapter.saved.keys() - keys_under(names, adapter.saved) if names is not None else set()
+    if strays:
+        raise UnexpectedTensor(
+            f"{where}: has {min(strays)}, which would replace a whole tensor of the model; expected such tensors of "
+            f"{', '.join(names or ()) or 'no module'} only: name its module in modules_to_save if you trust the file"
+        )
 
 
 def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
@@ -145,14 +163,12 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
     targets, excluded = adapter.targets, adapter.spec.exclude_modules
     if isinstance(targets, str) or isinstance(excluded, str):
         return  # regular expressions out of a file are not run: one can be made to take forever
-    for path, module in model.named_modules():
-        if kind_of(module) is None or path in adapter.sites:
-            continue
-        if any(under(name, path) for name in adapter.spec.modules_to_save):
-            continue
-        if any(f".{path}".endswith(f".{e}") for e in excluded):
-            continue
-        if any(f".{path}".endswith(f".{t}") for t in targets):
+    layers = [path for path, module in model.named_modules() if kind_of(module) is not None]
+    elsewhere = {*adapter.sites, *keys_under(adapter.spec.modules_to_save, layers)}
+    wanted, unwanted = set(targets), set(excluded)
+    for path in layers:
+        ends = ends_of(path)
+        if path not in elsewhere and unwanted.isdisjoint(ends) and not wanted.isdisjoint(ends):
             raise MissingTensor(f"{where}: no tensors for {path}, which target_modules names; the file is incomplete")
 
 

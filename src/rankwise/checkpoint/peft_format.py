@@ -22,12 +22,14 @@ from rankwise.errors import (
     NonFiniteTensor,
     ShapeMismatch,
     SpecError,
+    TargetError,
     UnexpectedTensor,
+    UnsafeFile,
     UnsupportedAdapter,
 )
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.lowrank import LowRank
-from rankwise.plan import pattern_value, under
+from rankwise.plan import keys_under, pattern_values
 from rankwise.scaling import SCALINGS
 from rankwise.spec import LoRA
 from rankwise.variants import Dora
@@ -143,13 +145,22 @@ _DEFAULTS: dict[str, Any] = {  # fields that change what an adapter computes, wi
     "alora_invocation_tokens": None,
     "use_qalora": False,
 }
+_RUNS_CODE = ("auto_map", "trust_remote_code", "custom_code")
+_TYPES: dict[str, type] = {
+    "base_model_name_or_path": str,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "fan_in_fan_out": bool,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
 
 
 def read_adapter(directory: str | Path) -> Adapter:
     """The adapter in a PEFT directory, whoever wrote it.
 
     Raises:
-        BrokenFile, UnsafeFile: the files are absent, truncated, malformed, or a pickle.
+        BrokenFile, UnsafeFile: the files are absent, truncated, malformed, a pickle, or lead out of the directory.
         UnsupportedAdapter: not LoRA, or with parts that are not read here.
         SpecError: rank or alpha that is not a positive number.
         MissingTensor, UnexpectedTensor, ShapeMismatch, NonFiniteTensor: the tensors do not fit the configuration.
@@ -157,16 +168,19 @@ def read_adapter(directory: str | Path) -> Adapter:
     folder = Path(directory)
     config = read_json(folder / CONFIG)
     where = folder / CONFIG
-    _check_supported(where, config)
+    check_supported(where, config)
     tensors = read_tensors(folder / TENSORS)
     if config["peft_type"] == "ADALORA":
         config, tensors = adalora_format.as_lora(folder, config, tensors)
     extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
-    spec = _spec(where, config)
+    spec = spec_of(where, config)
     saved = _saved_whole(tensors, spec.modules_to_save)
-    parts = _by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
-    sites = {path: _site(folder / TENSORS, path, found, spec) for path, found in parts.items()}
-    _check_extra(folder / EXTRA, extra)
+    parts = by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
+    ranks, alphas = ranks_and_alphas(where, spec, list(parts))
+    sites = {
+        path: read_site(folder / TENSORS, path, found, spec, ranks[path], alphas[path]) for path, found in parts.items()
+    }
+    check_extra(folder / EXTRA, extra)
     missing = [path for path in extra.get("sites", ()) if path not in sites]
     if missing:
         raise MissingTensor(f"{folder / TENSORS}: no tensors for {missing[0]}, which {EXTRA} lists; it is incomplete")
@@ -183,7 +197,12 @@ def read_adapter(directory: str | Path) -> Adapter:
     )
 
 
-def _check_extra(where: Path, extra: Mapping[str, Any]) -> None:
+def check_extra(where: Path, extra: Mapping[str, Any]) -> None:
+    """Refuse a ``rankwise.json`` of another form.
+
+    Raises:
+        BrokenFile: as it says.
+    """
     version, listed = extra.get("format_version", FORMAT_VERSION), extra.get("sites", [])
     if version != FORMAT_VERSION:
         raise BrokenFile(
@@ -193,7 +212,17 @@ def _check_extra(where: Path, extra: Mapping[str, Any]) -> None:
         raise BrokenFile(f"{where}: expected a list of module names under sites; delete the file or save anew")
 
 
-def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
+def check_supported(where: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of an adapter that is not read here.
+
+    Raises:
+        UnsafeFile: it asks for code of its own. BrokenFile: it is no adapter's. UnsupportedAdapter: of another kind.
+    """
+    for name in _RUNS_CODE:
+        if config.get(name):
+            raise UnsafeFile(
+                f"{where}: {name} asks to run code that comes with the adapter; none is run here: remove it"
+            )
     kind = config.get("peft_type")
     if kind is None:
         raise BrokenFile(f"{where}: no peft_type; expected 'LORA': this is not an adapter's configuration")
@@ -201,12 +230,20 @@ def _check_supported(where: Path, config: Mapping[str, Any]) -> None:
         raise UnsupportedAdapter(f"{where}: peft_type is {kind!r}; expected 'LORA' or 'ADALORA'")
     if config.get("bias", "none") != "none":
         raise UnsupportedAdapter(f"{where}: bias is {config['bias']!r}; expected 'none' (trained biases are not read)")
+    for name, kinds in _TYPES.items():
+        if not isinstance(config.get(name), kinds | None):
+            raise BrokenFile(f"{where}: {name} is {config[name]!r}; expected {kinds.__name__} or null")
     for name, value in _DEFAULTS.items():
         if config.get(name, value) not in (value, [], {}):
             raise UnsupportedAdapter(f"{where}: {name} is {config[name]!r}; expected {value!r}")
 
 
-def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
+def spec_of(where: Path, config: Mapping[str, Any]) -> LoRA:
+    """What a configuration says, as a spec.
+
+    Raises:
+        SpecError: a field is out of range.
+    """
     try:
         return LoRA(
             rank=config.get("r", 8),
@@ -233,23 +270,56 @@ def _targets(where: Path, config: Mapping[str, Any]) -> str | tuple[str, ...]:
 
 def _saved_whole(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of ``modules_to_save``, which stand in the file under their own names."""
-    return {key: tensor for key, tensor in tensors.items() if any(under(name, key) for name in names)}
+    return {key: tensors[key] for key in keys_under(names, tensors)}
 
 
-def _by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Module path → file suffix → tensor."""
+def by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Module path → file suffix → tensor.
+
+    Raises:
+        UnexpectedTensor: one is no site's. MissingTensor: there are none.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        match = _KEY.match(key.removeprefix(PREFIX))
-        if match is None:
-            raise UnexpectedTensor(f"{where}: {key} {tuple(tensor.shape)} belongs to no adapter site; it is not read")
-        found.setdefault(match["path"], {})[match["suffix"].removesuffix(".weight")] = tensor
+        place = site_and_suffix(key)
+        if place is None:
+            raise stray(where, key, tuple(tensor.shape))
+        found.setdefault(place[0], {})[place[1]] = tensor
     if not found:
         raise MissingTensor(f"{where}: holds no tensors; expected lora_A and lora_B of at least one module")
     return found
 
 
-def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA) -> SiteAdapter:
+def site_and_suffix(key: str) -> tuple[str, str] | None:
+    """Module path and kind of tensor that a name in the file tells of; None where it is no site's."""
+    match = _KEY.match(key.removeprefix(PREFIX))
+    return None if match is None else (match["path"], match["suffix"].removesuffix(".weight"))
+
+
+def stray(where: Path, key: str, shape: tuple[int, ...]) -> UnexpectedTensor:
+    """The error for a tensor that is no site's."""
+    return UnexpectedTensor(f"{where}: {key} {shape} belongs to no adapter site; it is not read")
+
+
+def ranks_and_alphas(where: Path, spec: LoRA, paths: list[str]) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha of each site that a file has.
+
+    Raises:
+        SpecError: a pattern takes too long.
+    """
+    try:
+        ranks = pattern_values("rank_pattern key", spec.rank_pattern, paths, spec.rank)
+        return ranks, pattern_values("alpha_pattern key", spec.alpha_pattern, paths, spec.alpha)
+    except TargetError as error:
+        raise SpecError(f"{where}: {error}") from None
+
+
+def read_site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA, rank: int, alpha: float) -> SiteAdapter:
+    """One site's part of an adapter from its tensors, by file suffix; they are taken out of ``found``.
+
+    Raises:
+        MissingTensor, UnexpectedTensor, ShapeMismatch, UnsupportedAdapter: they do not make one.
+    """
     embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
     name_A, name_B = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     for name, other in ((name_A, name_B), (name_B, name_A)):
@@ -258,9 +328,8 @@ def _site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA) -> SiteA
     if "lora_magnitude_vector" in found and not isinstance(spec.variant, Dora):
         raise UnexpectedTensor(f"{where}: {path} has DoRA's lora_magnitude_vector, but {CONFIG} does not say use_dora")
     A, B = found.pop(name_A), found.pop(name_B)
-    rank = pattern_value(spec.rank_pattern, path, spec.rank)
     _check_pair(where, path, A, B, rank)
-    scale = spec.scale(rank, pattern_value(spec.alpha_pattern, path, spec.alpha))
+    scale = spec.scale(rank, alpha)
     kind = "embedding" if embedding else "conv2d" if A.dim() == 4 else "linear"
     groups = rank // B.shape[1]  # a grouped convolution's B has rank/groups columns
     A = _shared_A(where, path, A, groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -136,6 +137,10 @@ def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="Directory for the merged model; must not hold files yet.")],
     base: Base = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    most_lost: Annotated[
+        float, typer.Option(help="Share of the adapter's change that rounding may swallow; more is refused. 1: any.")
+    ] = 0.7,
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model."""
     from rankwise.train.merged import save_merged
@@ -144,8 +149,26 @@ def merge(
 
     console = _console()
     with busy(console, "Folding the adapter into the model"):
-        report = save_merged(adapter, base, out)
+        report = save_merged(adapter, base, out, most_lost=most_lost, max_shard_size=max_shard_size)
     console.print(merge_table(report, out))
+
+
+@app.command("inspect")
+def inspect_adapter(
+    adapter: Adapter,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Say what is in an adapter directory, without trusting it or loading a model. Exit code 1 if `load` refuses it."""
+    from rankwise.checkpoint import inspect
+    from rankwise.cli.inspection import report
+
+    found = inspect(adapter)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _console().print(*report(found), sep="\n")
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

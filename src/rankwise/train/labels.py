@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from rankwise.errors import BrokenFile
+from rankwise.files import read_limited
+from rankwise.json_object import as_json
 
 _FILE = "labels.json"
 
@@ -24,10 +26,7 @@ def read_labels(adapter: Path) -> list[str] | None:
     path = adapter / _FILE
     if not path.is_file():
         return None
-    try:
-        labels = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BrokenFile(f"{path}: expected a JSON list of labels, found: {error}.") from None
+    labels = as_json(str(path), read_limited(path))
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
         raise BrokenFile(f"{path}: expected a list of two labels at least, found {labels!r}.")
     return labels

@@ -2,28 +2,101 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
-from rankwise.errors import BaseMismatch, BrokenFile, MergeError
-from rankwise.merge import MergeReport
+from rankwise.errors import BaseMismatch, MergeError
+from rankwise.files import read_json
+from rankwise.merge import MOST_LOST, MergeReport
 from rankwise.train.labels import read_labels
 from rankwise.train.pretrained import load_classifier, load_pretrained
 
+_PROBE = (
+    "The merged model must say what the adapted one says. To see whether it does, both read these lines: a sentence in "
+    "English, numbers such as 3.14159 and 2,718, and a line of code: for i in range(10): print(i * i)"
+)
 
-def save_merged(adapter: Path, base: str | None, out: Path) -> MergeReport:
-    """Fold `adapter` into its base model (or `base`) and write model and tokenizer to `out`."""
-    if out.exists() and any(out.iterdir()):
-        raise MergeError(f"{out}: expected a new or empty directory for the merged model, found files. Choose another.")
+
+@dataclass(frozen=True)
+class Merged:
+    """What folding did.
+
+    Attributes:
+        weights: to the weights, per site.
+        logit_gap: largest difference of an output over the largest output, adapted and merged, on a few lines of text.
+    """
+
+    weights: MergeReport
+    logit_gap: float
+
+
+def save_merged(
+    adapter: Path, base: str | None, out: Path, *, most_lost: float = MOST_LOST, max_shard_size: str = "5GB"
+) -> Merged:
+    """Fold `adapter` into its base model (or `base`); write model, generation config and tokenizer to `out`.
+
+    `out` comes into being whole, by a rename at the end, or not at all.
+
+    Args:
+        most_lost: as for :func:`rankwise.merge`.
+        max_shard_size: of one file of weights, as transformers takes it.
+
+    Raises:
+        MergeError: `out` holds files or lies in what is read, or too much would be lost. Nothing is written then.
+    """
+    _check_new(out, adapter, base)
     model, tokenizer = load_base(adapter, base)
     rw.load(model, adapter)
-    report = rw.merge(model, keep_base=False)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return report
+    adapted = _outputs(model, tokenizer)
+    weights = rw.merge(model, keep_base=False, most_lost=most_lost)
+    gap = _largest_gap(adapted, _outputs(model, tokenizer))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        if out.exists():
+            out.rmdir()  # it is empty
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    return Merged(weights, gap)
+
+
+def _check_new(out: Path, *read: Path | str | None) -> None:
+    for source in read:
+        if source is not None and out.resolve().is_relative_to(Path(source).resolve()) and Path(source).exists():
+            raise MergeError(
+                f"{out}: lies in {source}, which is read; expected another directory for the merged model."
+            )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MergeError(f"{out}: expected a new or empty directory for the merged model, found files. Choose another.")
+
+
+@torch.no_grad()
+def _outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """What the model says of a few lines of text."""
+    training = model.training
+    inputs = tokenizer(_PROBE, return_tensors="pt", truncation=True, max_length=64).to(model.device)
+    outputs: Tensor = model.eval()(**inputs).logits.float()
+    model.train(training)
+    return outputs
+
+
+def _largest_gap(before: Tensor, after: Tensor) -> float:
+    gap = float((after - before).abs().max() / before.abs().max())
+    if not gap < float("inf"):  # NaN neither
+        raise MergeError(f"the merged model's outputs differ by {gap} from the adapted one's; expected finite outputs")
+    return gap
 
 
 def load_base(adapter: Path, base: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -36,12 +109,12 @@ def load_base(adapter: Path, base: str | None) -> tuple[PreTrainedModel, PreTrai
 
 
 def base_of(adapter: Path) -> str:
-    """The base model that an adapter's configuration names."""
+    """The base model that an adapter's configuration names.
+
+    It may be a path, as after a run here: what is read from there are safetensors and JSON, and no code is run.
+    """
     path = adapter / "adapter_config.json"
-    try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise BrokenFile(f"{path}: expected an adapter's configuration, found: {error}.") from None
+    name = read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise BaseMismatch(f"{path}: names no base model. Say which one with --base.")
     return name

@@ -15,10 +15,10 @@ from rich.table import Table
 import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice
 from rankwise.inits import INITS
-from rankwise.merge import MergeReport
 from rankwise.optim import OPTIMIZERS
 from rankwise.scaling import SCALINGS
 from rankwise.train.generation import Sample
+from rankwise.train.merged import Merged
 from rankwise.train.start import ADVISED_RANKS
 from rankwise.variants import VARIANTS
 
@@ -108,12 +108,13 @@ def methods_tables() -> Iterator[Table]:
         yield table
 
 
-def merge_table(report: MergeReport, out: Path) -> Table:
+def merge_table(merged: Merged, out: Path) -> Table:
     """What was folded, and what rounding to the weights' precision cost."""
-    table = _facts("Merged")
+    report, table = merged.weights, _facts("Merged")
     table.add_row("layers", str(len(report.sites)))
     lost = report.sites[report.worst].lost
-    table.add_row("lost to rounding", f"{lost:.2%} of the change at the worst layer, {report.worst}")
+    table.add_row("lost to rounding", f"{report.lost:.2%} of the change; {lost:.2%} at the worst layer, {report.worst}")
+    table.add_row("outputs moved", f"{merged.logit_gap:.1e} of the largest logit, on a few lines of text")
     table.add_row("model", str(out))
     return table
 

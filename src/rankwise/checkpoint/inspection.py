@@ -1,0 +1,317 @@
+"""inspect: what is in an adapter directory, without a model, and without trusting any of it.
+
+The header is read before any tensor, then one site's tensors at a time, by the code that :func:`load` runs. What it
+would refuse is a problem in the report, never an exception.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rankwise.adapter import SiteAdapter, read_probes
+from rankwise.checkpoint import adalora_format
+from rankwise.checkpoint.bottleneck_format import PEFT_TYPE as BOTTLENECK
+from rankwise.checkpoint.bottleneck_format import bottlenecks_by_site
+from rankwise.checkpoint.engines import Traits, Verdict, verdicts
+from rankwise.checkpoint.peft_format import (
+    CONFIG,
+    EXTRA,
+    PREFIX,
+    TENSORS,
+    by_site,
+    check_extra,
+    check_supported,
+    ranks_and_alphas,
+    read_site,
+    site_and_suffix,
+    spec_of,
+    stray,
+)
+from rankwise.errors import BrokenFile, MissingTensor, RankwiseError, SpecError, UnsafeFile
+from rankwise.files import check_stays_inside, each_tensor, is_pickle, read_json, tensor_entries
+from rankwise.plan import keys_under
+from rankwise.spec import LoRA
+from rankwise.tensor_header import TensorEntry
+
+T = TypeVar("T")
+_LISTED = 200  # files, and problems, that a report names
+_CODE = (".py", ".so", ".sh", ".pyc", ".dll", ".exe", ".ipynb")
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file of the directory; ``sha256`` is None where it was not opened."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """One adapted layer.
+
+    Attributes:
+        name: module path.
+        kind: "linear", "conv2d", "embedding" or "bottleneck".
+        shape: (out, in) of the weight as one matrix.
+        rank, scale: of ΔW = scale · B A; of a bottleneck, its width and 1.
+        dtype: of the stored tensors.
+        change: ‖ΔW‖_F; None for a bottleneck, and where it is beyond fp32.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    dtype: str
+    change: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect` found.
+
+    Attributes:
+        directory: as given.
+        files: the files in it.
+        peft_type, base_model: as the configuration names them.
+        spec: the configuration as a spec's plain data; None where it cannot be read as one.
+        sites: the adapted layers that are sound.
+        replaced: the modules, by name, of which the file brings whole tensors instead of a change.
+        parameters: numbers in the file.
+        dtypes: type → numbers of it.
+        notes: what is worth knowing, but is not refused.
+        problems: what :func:`load` would refuse, each with its error's name.
+        engines: who reads it right; empty where there are problems.
+    """
+
+    directory: str
+    files: tuple[FileFacts, ...]
+    peft_type: str | None
+    base_model: str | None
+    spec: dict[str, Any] | None
+    sites: tuple[SiteFacts, ...]
+    replaced: tuple[str, ...]
+    parameters: int
+    dtypes: dict[str, int]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+    engines: tuple[Verdict, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def inspect(directory: str | Path) -> Inspection:
+    """What is in an adapter directory, whoever wrote it.
+
+    Raises:
+        BrokenFile: no such directory. Whatever is wrong inside it is in the report.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise BrokenFile(f"{folder}: no such directory; expected an adapter's, with {CONFIG} in it")
+    notes: list[str] = []
+    problems = _Problems()
+    files = tuple(_files(folder, notes))
+    config = problems.catch(lambda: read_json(folder / CONFIG)) or {}
+    header = problems.catch(lambda: tensor_entries(folder / TENSORS))
+    entries = header or {}
+    spec = None
+    whole: list[str] = []
+    sites: list[SiteFacts] = []
+    if config.get("peft_type") == BOTTLENECK:
+        sites = list(_bottlenecks(folder, entries, problems))
+    elif config:
+        spec = problems.catch(lambda: _spec(folder / CONFIG, config))
+    if spec is not None and header is not None:
+        whole = keys_under(spec.modules_to_save, entries)
+        problems.catch(lambda: _check_finite(folder / TENSORS, whole))
+        sites = list(_sites(folder, config, spec, _without(entries, whole), problems))
+    replaced = tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in whole))
+    if replaced:
+        notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
+    problems.catch(lambda: _check_own_file(folder, config, {site.name for site in sites}))
+    return Inspection(
+        str(directory),
+        files,
+        _text(config.get("peft_type")),
+        _text(config.get("base_model_name_or_path")),
+        spec.to_dict() if spec else None,
+        tuple(sites),
+        replaced,
+        sum(entry.numbers for entry in entries.values()),
+        _numbers_by_dtype(entries),
+        tuple(notes),
+        problems.listed(),
+        () if problems.found else verdicts(_traits(config, spec, sites, replaced)),
+    )
+
+
+class _Problems:
+    """What went wrong so far, in words."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def catch(self, read: Callable[[], T]) -> T | None:
+        """What ``read`` returns, or None and a problem more."""
+        try:
+            return read()
+        except RankwiseError as error:
+            self.found.append(f"{type(error).__name__}: {error}")
+            return None
+
+    def listed(self) -> tuple[str, ...]:
+        """Each once, as many as one can read."""
+        each = list(dict.fromkeys(self.found))
+        return (*each[:_LISTED], *([f"and {len(each) - _LISTED} more"] if each[_LISTED:] else []))
+
+
+def _files(folder: Path, notes: list[str]) -> Iterator[FileFacts]:
+    paths = sorted(folder.iterdir())
+    if paths[_LISTED:]:
+        notes.append(f"{len(paths)} files; the first {_LISTED} are listed")
+    for path in paths[:_LISTED]:
+        if is_pickle(path):
+            notes.append(f"{path.name!r} is a pickle, which can run code when opened; it is not opened here")
+        if path.suffix in _CODE:
+            notes.append(f"{path.name!r} is code; it is not run here")
+        if path.is_dir():
+            notes.append(f"{path.name!r} is a directory, which is not looked into")
+        elif not path.is_file():
+            notes.append(f"{path.name!r} is no plain file, and is not opened")
+        else:
+            yield _file(path, notes)
+
+
+def _file(path: Path, notes: list[str]) -> FileFacts:
+    size = path.stat().st_size
+    try:
+        check_stays_inside(path)
+        with path.open("rb") as stream:
+            return FileFacts(path.name, size, hashlib.file_digest(stream, "sha256").hexdigest())
+    except UnsafeFile as error:
+        notes.append(str(error))
+    except OSError as error:
+        notes.append(f"{path.name!r} cannot be read ({error.strerror})")
+    return FileFacts(path.name, size, None)
+
+
+def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
+    check_supported(where, config)
+    if config["peft_type"] == "ADALORA":  # whose rank_pattern lists which directions were kept
+        config = {**config, "rank_pattern": {}}
+    return spec_of(where, config)
+
+
+def _without(entries: Mapping[str, TensorEntry], left_out: Iterable[str]) -> dict[str, TensorEntry]:
+    unwanted = set(left_out)
+    return {key: entry for key, entry in entries.items() if key not in unwanted}
+
+
+def _sites(
+    folder: Path, config: Mapping[str, Any], spec: LoRA, entries: Mapping[str, TensorEntry], problems: _Problems
+) -> Iterator[SiteFacts]:
+    """The sites that are sound, each read by itself."""
+    where = folder / TENSORS
+    adalora = config["peft_type"] == "ADALORA"
+    place = adalora_format.site_and_suffix if adalora else site_and_suffix
+    keys: dict[str, list[str]] = {}
+    for key, entry in entries.items():
+        found = place(key)
+        if found is None:
+            problems.found.append(f"UnexpectedTensor: {stray(where, key, entry.shape)}")
+        else:
+            keys.setdefault(found[0], []).append(key)
+    if not keys:
+        problems.found.append(f"MissingTensor: {where}: holds no pair of tensors")
+        return
+    given = None if adalora else problems.catch(lambda: ranks_and_alphas(folder / CONFIG, spec, list(keys)))
+    for path, own in keys.items():
+        site = problems.catch(lambda path=path, own=own: _site(folder, config, spec, path, own, given))  # type: ignore[misc]
+        if site is not None:
+            dtype = ", ".join(sorted({entries[key].dtype for key in own}))
+            out, into = site.delta.shape
+            change = float(site.delta.norm())
+            size = change if math.isfinite(change) else None
+            yield SiteFacts(path, site.kind, (out, into), site.delta.rank, site.delta.scale, dtype, size)
+
+
+def _site(
+    folder: Path,
+    config: Mapping[str, Any],
+    spec: LoRA,
+    path: str,
+    keys: list[str],
+    given: tuple[dict[str, int], dict[str, float]] | None,
+) -> SiteAdapter:
+    where = folder / TENSORS
+    tensors = dict(each_tensor(where, keys))
+    if config["peft_type"] == "ADALORA":
+        plain, tensors = adalora_format.as_lora(folder, config, tensors)
+        spec = spec_of(folder / CONFIG, plain)
+        given = ranks_and_alphas(folder / CONFIG, spec, [path])
+    if given is None:
+        raise SpecError(f"{where}: {path}: its rank is not known")
+    found = by_site(where, tensors)[path]
+    return read_site(where, path, found, spec, given[0][path], given[1][path])
+
+
+def _bottlenecks(folder: Path, entries: Mapping[str, TensorEntry], problems: _Problems) -> Iterator[SiteFacts]:
+    grouped = problems.catch(lambda: bottlenecks_by_site(entries, folder)) or {}
+    problems.catch(lambda: _check_finite(folder / TENSORS, entries))
+    for path, parts in grouped.items():
+        up = parts["up.weight"]
+        if len(up.shape) == 2:
+            out, width = up.shape
+            yield SiteFacts(path, "bottleneck", (out, out), width, 1.0, up.dtype, None)
+
+
+def _check_finite(where: Path, names: Iterable[str]) -> None:
+    for _ in each_tensor(where, names):
+        pass
+
+
+def _check_own_file(folder: Path, config: Mapping[str, Any], sites: set[str]) -> None:
+    """rankwise.json, where there is one."""
+    where = folder / EXTRA
+    if config.get("peft_type") == BOTTLENECK:
+        read_probes(folder / CONFIG, config)
+    elif where.is_file() and sites:
+        extra = read_json(where)
+        check_extra(where, extra)
+        read_probes(where, extra)
+        missing = [path for path in extra.get("sites", ()) if path not in sites]
+        if missing:
+            raise MissingTensor(f"{folder / TENSORS}: no sound pair for {missing[0]}, which {EXTRA} lists")
+
+
+def _traits(config: Mapping[str, Any], spec: LoRA | None, sites: list[SiteFacts], replaced: tuple[str, ...]) -> Traits:
+    return Traits(
+        str(config.get("peft_type")),
+        _text(config.get("base_model_name_or_path")) or "",
+        {site.name: site.kind for site in sites},
+        max((site.rank for site in sites), default=0),
+        len({(site.rank, site.scale) for site in sites}) == 1,
+        spec is not None and spec.scaling == "rslora",
+        config.get("use_dora") is True,
+        replaced,
+    )
+
+
+def _numbers_by_dtype(entries: Mapping[str, TensorEntry]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for entry in entries.values():
+        found[entry.dtype] = found.get(entry.dtype, 0) + entry.numbers
+    return found
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

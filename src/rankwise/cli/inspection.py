@@ -1,0 +1,96 @@
+"""`rankwise inspect`, as tables. What a file says is shown, never interpreted as the terminal's or rich's commands."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.checkpoint import Inspection
+from rankwise.checkpoint.inspection import SiteFacts
+
+_COLOURS = {"yes": "green", "after export": "yellow", "no": "red"}
+
+
+def report(found: Inspection) -> Iterator[RenderableType]:
+    """The whole report, problems last: that is where the eye stays."""
+    yield _facts(found)
+    if found.sites:
+        yield _sites(found)
+    yield _files(found)
+    if found.engines:
+        yield _engines(found)
+    for note in found.notes:
+        yield Text.assemble(("note ", "bold"), _shown(note))
+    for problem in found.problems:
+        yield Text.assemble(("problem ", "bold red"), _shown(problem))
+    if found.problems:
+        yield Text("rankwise.load refuses this directory.", style="bold red")
+
+
+def _facts(found: Inspection) -> Table:
+    table = Table(
+        title=_shown(found.directory), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    spec = found.spec or {}
+    table.add_row("kind", _shown(found.peft_type or "unknown"))
+    table.add_row("base model", _shown(found.base_model or "not named"))
+    if spec:
+        table.add_row("rank, alpha", f"{spec['rank']}, {spec['alpha']:g}, scaling {spec['scaling']}")
+        table.add_row("patterns", f"{len(spec['rank_pattern'])} of ranks, {len(spec['alpha_pattern'])} of alpha")
+    table.add_row("sites", str(len(found.sites)))
+    table.add_row("parameters", f"{found.parameters:,}")
+    table.add_row("dtypes", ", ".join(f"{dtype} ({count:,})" for dtype, count in found.dtypes.items()) or "none")
+    return table
+
+
+def _sites(found: Inspection) -> Table:
+    """Layers that differ in their number only share a line."""
+    table = _table("Sites")
+    table.add_column("layers", overflow="fold")
+    for name in ("count", "kind", "out × in", "rank", "scale", "dtype", "‖ΔW‖"):
+        table.add_column(name, justify="left" if name in ("kind", "dtype") else "right")
+    groups: defaultdict[tuple[str, str, tuple[int, int], int, float, str], list[SiteFacts]] = defaultdict(list)
+    for site in found.sites:
+        place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name)
+        groups[place, site.kind, site.shape, site.rank, site.scale, site.dtype].append(site)
+    for (place, kind, (out, into), rank, scale, dtype), alike in groups.items():
+        changes = sorted((f"{site.change:.3g}" for site in alike if site.change is not None), key=float)
+        norms = " – ".join(dict.fromkeys((changes[0], changes[-1]))) if changes else ""
+        table.add_row(_shown(place), str(len(alike)), kind, f"{out} × {into}", str(rank), f"{scale:.4g}", dtype, norms)
+    return table
+
+
+def _files(found: Inspection) -> Table:
+    table = _table("Files")
+    table.add_column("name", overflow="fold")
+    table.add_column("bytes", justify="right")
+    table.add_column("sha256", overflow="fold")
+    for file in found.files:
+        table.add_row(_shown(file.name), f"{file.size:,}", file.sha256 or "not opened")
+    return table
+
+
+def _engines(found: Inspection) -> Table:
+    table = _table("Who reads it right, as it stands")
+    for name in ("engine", "", "how, or why not"):
+        table.add_column(name, overflow="fold")
+    for verdict in found.engines:
+        table.add_row(verdict.engine, Text(verdict.answer, style=_COLOURS[verdict.answer]), verdict.reason)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _shown(text: str) -> Text:
+    """Text out of a file: control characters as escapes, brackets as brackets."""
+    return Text("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text))

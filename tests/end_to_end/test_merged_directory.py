@@ -1,0 +1,146 @@
+"""What `rankwise merge` writes, what it refuses, and that it touches nothing that it reads."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from typer.testing import CliRunner
+from zoo import perturb
+
+import rankwise as rw
+from rankwise.cli import app
+from rankwise.errors import BrokenFile, MergeError, PretrainedError
+from rankwise.train.merged import base_of, save_merged
+from rankwise.train.pretrained import load_pretrained
+
+pytestmark = pytest.mark.end_to_end
+WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def base(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny model in bf16, with a generation config of its own."""
+    folder = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    model.generation_config = GenerationConfig(temperature=0.25, do_sample=True, eos_token_id=1, pad_token_id=0)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Callable[[float], Path]:
+    """An adapter of the base whose tensors have moved by so much."""
+
+    def make(size: float) -> Path:
+        model, _ = load_pretrained(base)
+        rw.attach(model, rw.LoRA(rank=2))
+        perturb(model, size)
+        rw.save(model, tmp_path / f"adapter-{size}")
+        return tmp_path / f"adapter-{size}"
+
+    return make
+
+
+def test_a_plain_transformers_directory(base: Path, adapter: Callable[[float], Path], tmp_path: Path):
+    source, out = adapter(0.01), tmp_path / "merged"
+    before = contents(tmp_path)
+    out.mkdir()
+    merged = save_merged(source, str(base), out, max_shard_size="20KB")
+    assert {path: digest for path, digest in contents(tmp_path).items() if path in before} == before
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.25
+    model, tokenizer = load_pretrained(out)
+    original = AutoTokenizer.from_pretrained(base)
+    assert tokenizer.chat_template == original.chat_template and tokenizer.get_vocab() == original.get_vocab()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    adapted = rw.load(load_pretrained(base)[0], source).eval()
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        gap = float((model.eval()(ids).logits - adapted(ids).logits).abs().max() / adapted(ids).logits.abs().max())
+    assert 0 < merged.logit_gap < 0.05  # bf16
+    assert gap < 3 * merged.logit_gap
+    assert merged.weights.lost < 0.5
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_in_fp32_the_outputs_stay(tiny: Path, tmp_path: Path):
+    model, _ = load_pretrained(tiny)
+    rw.attach(model, rw.LoRA(rank=2))
+    perturb(model, 0.1)
+    rw.save(model, tmp_path / "adapter")
+    assert save_merged(tmp_path / "adapter", str(tiny), tmp_path / "merged").logit_gap < 1e-5
+
+
+def test_a_lossy_merge_is_refused_unless_told(base: Path, adapter: Callable[[float], Path], tmp_path: Path):
+    source, out = adapter(1e-6), tmp_path / "merged"
+    with pytest.raises(MergeError, match=r"rounding to torch.bfloat16 would lose \d+%.*at most 70%"):
+        save_merged(source, str(base), out)
+    assert not out.exists()
+    arguments = ["merge", str(source), "--base", str(base), "--out", str(out)]
+    refused = CliRunner().invoke(app, arguments, env=WIDE)
+    assert refused.exit_code == 2 and "MergeError" in refused.output
+    told = CliRunner().invoke(app, [*arguments, "--most-lost", "1"], env=WIDE)
+    assert told.exit_code == 0, told.output
+    assert "lost to rounding" in told.output and "of the largest logit" in told.output
+
+
+@pytest.mark.parametrize("place", [".", "merged", "deeper/merged"])
+def test_nothing_is_written_into_what_is_read(base: Path, adapter: Callable[[float], Path], place: str):
+    source = adapter(0.01)
+    for read in (source, base):
+        before = contents(read)
+        with pytest.raises(MergeError, match=r"lies in .*, which is read|expected a new or empty directory"):
+            save_merged(source, str(base), read / place)
+        assert contents(read) == before
+
+
+def test_a_merge_that_is_cut_off_leaves_nothing(
+    base: Path, adapter: Callable[[float], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = adapter(0.01)
+    before = contents(tmp_path)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_merged(source, str(base), tmp_path / "merged")
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_a_strangers_adapter_names_runs_no_code(
+    base: Path, adapter: Callable[[float], Path], tmp_path: Path
+):
+    """The adapter names a directory with a model of its own code: it is refused, and the code is not run."""
+    source, trap = adapter(0.01), tmp_path / "trap"
+    trap.mkdir()
+    (trap / "modeling.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    auto_map = {
+        "AutoConfig": "modeling.Config",
+        "AutoModelForCausalLM": "modeling.Model",
+        "AutoTokenizer": "modeling.T",
+    }
+    (trap / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto_map}))
+    (trap / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": auto_map}))
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": f"{source}/../trap"}))
+    assert base_of(source) == f"{source}/../trap"
+    with pytest.raises(PretrainedError):
+        save_merged(source, None, tmp_path / "merged")
+    assert not (tmp_path / "ran").exists()
+    path.write_text("[")
+    with pytest.raises(BrokenFile, match=r"adapter_config.json: not valid JSON"):
+        save_merged(source, None, tmp_path / "merged")
