@@ -120,6 +120,22 @@ def plan(
 
 @app.command()
 @recipe_flags
+def check(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+    """Do everything that a run does before its first step, show what it found, and train nothing."""
+    wanted = recipes.load(recipe, overrides)
+    from rankwise.train import run
+    from rankwise.train.show import look_table, samples_table
+
+    console = _console()
+    loaded = run.load(wanted, console)
+    run.show_plan(loaded, console)
+    prepared = run.prepare(loaded, console)
+    console.print(samples_table(prepared.look), look_table(prepared.look, prepared.smoke))
+    console.print("Ready: `rankwise train` would start now.", highlight=False)
+
+
+@app.command()
+@recipe_flags
 def init(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     """Compute a recipe's start alone and save the untrained adapter."""
     wanted = recipes.load(recipe, overrides)

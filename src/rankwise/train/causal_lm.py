@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rankwise.train.generation import Sample, before_and_after
 from rankwise.train.pretrained import load_pretrained
 from rankwise.train.progress import ProgressBar
 from rankwise.train.recipe import Recipe, TrainingFields
-from rankwise.train.task import Loaded, Task, spec_of
+from rankwise.train.task import Loaded, Look, Task, spec_of
 from rankwise.train.trainer import AdapterTrainer, LanguageTrainer, sft_config
 
 
@@ -56,6 +57,22 @@ class CausalLM(Task):
         if held_out is not None:
             warnings += preflight.check_labels(trainer.eval_dataset, held_out, "held-out", tokenizer, recipe.max_length)
         return trainer, warnings
+
+    def look(
+        self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Mapping[str, Tensor]]
+    ) -> Look:
+        tokenizer, longest = loaded.tokenizer, loaded.recipe.max_length
+        ends = preflight.end_tokens(loaded.model, tokenizer)
+        facts = preflight.data_facts(trainer.train_dataset, ends, longest)
+        warnings = preflight.check_ends(facts, batches, ends, tokenizer, answers=data.format != "text")
+        shown = {
+            "samples": f"{facts.samples:,}",
+            "tokens": f"{facts.tokens:,}, {facts.trained / facts.tokens:.0%} of them trained",
+            "longest sample": f"{facts.longest} tokens",
+            "cut at max_length": f"{facts.full} samples" if longest is not None else "no limit",
+            "trained end token": f"in {facts.ends} samples",
+        }
+        return Look(shown, preflight.decoded(trainer.train_dataset, tokenizer, 3), warnings)
 
     def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
         """The first held-out prompt; none where there are no prompts."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rankwise.train.labels import save_labels
 from rankwise.train.pretrained import load_classifier
 from rankwise.train.progress import ProgressBar
 from rankwise.train.recipe import Recipe, TrainingFields
-from rankwise.train.task import Loaded, Task, spec_of
+from rankwise.train.task import Loaded, Look, Task, spec_of
 from rankwise.train.trainer import AdapterTrainer, ClassifierTrainer, training_arguments
 
 
@@ -78,6 +79,16 @@ class Classification(Task):
             recipe=recipe,
         )
         return trainer, []
+
+    def look(
+        self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Mapping[str, Tensor]]
+    ) -> Look:
+        counts = Counter(data.train["label"])
+        labels = ", ".join(f"{label}: {count:,}" for label, count in counts.most_common())
+        rows = data.train.select(range(min(3, len(data.train))))
+        texts = (" | ".join(text for text in (row["text"], row["text_pair"]) if text) for row in rows)
+        pieces = [[(text, False), (f"  → {row['label']}", True)] for text, row in zip(texts, rows, strict=True)]
+        return Look({"samples": f"{len(data.train):,}", "labels": labels}, pieces)
 
     def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
         """The first held-out text, with the model's label for it and how sure it is."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -79,6 +82,97 @@ def check_reached(model: PreTrainedModel, sites: Sequence[rw.Site]) -> None:
                 f"{site.name}: the training loss is computed from this layer's weight directly, so an adapter on it "
                 "would never be trained. Add it to exclude_modules, or train it in full with modules_to_save."
             )
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a tokenised data set holds.
+
+    Attributes:
+        samples, tokens: how many.
+        trained: tokens that the loss is taken on.
+        longest: sample, in tokens.
+        full: samples as long as max_length, most of them cut.
+        ends: samples with a trained end token.
+    """
+
+    samples: int
+    tokens: int
+    trained: int
+    longest: int
+    full: int
+    ends: int
+
+
+def data_facts(prepared: Dataset, ends: Collection[int], max_length: int | None) -> DataFacts:
+    """Count a tokenised data set; ``ends`` are the tokens that end an answer."""
+    lengths, trained, ended = [], 0, 0
+    for labels in prepared["labels"]:
+        lengths.append(len(labels))
+        trained += sum(label != _IGNORED for label in labels)
+        ended += any(label in ends for label in labels)
+    full = 0 if max_length is None else sum(length >= max_length for length in lengths)
+    return DataFacts(len(lengths), sum(lengths), trained, max(lengths, default=0), full, ended)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """What ends an answer: the tokenizer's end token, and those at which the model stops writing."""
+    stops = getattr(model.generation_config, "eos_token_id", None)
+    listed = stops if isinstance(stops, list) else [stops]
+    return {token for token in (tokenizer.eos_token_id, *listed) if token is not None}
+
+
+def check_ends(
+    facts: DataFacts,
+    batches: Iterable[Mapping[str, Tensor]],
+    ends: Collection[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    answers: bool,
+) -> list[str]:
+    """A model that never learns to end an answer writes on and on.
+
+    Args:
+        answers: whether the samples have answers; running text need not end.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        DataError: no answer trains an end token, or padding hides those that do.
+    """
+    name = tokenizer.eos_token
+    if not facts.ends:
+        if not answers:
+            return [f"No sample trains an end token ({name}): the model will not learn to stop."]
+        raise DataError(
+            f"no answer of the {facts.samples} samples trains an end token ({name}): expected one at the end of each, "
+            f"or the model would never learn to stop; {facts.full} samples are cut at max_length. Raise it, or let the "
+            "chat template end an answer with the tokenizer's eos_token."
+        )
+    hidden = all(not _any_of(batch["labels"], ends) for batch in batches)
+    if hidden and facts.ends == facts.samples:
+        raise DataError(
+            f"every sample ends with {name}, but in the batches it is never trained: the padding token is "
+            f"{tokenizer.pad_token} and hides it. Give the tokenizer a pad_token of its own."
+        )
+    return []
+
+
+def _any_of(labels: Tensor, ends: Collection[int]) -> bool:
+    return any(bool((labels == end).any()) for end in ends)
+
+
+def decoded(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[tuple[str, bool]]]:
+    """The first samples as (text, whether it is trained on) pieces."""
+    return [
+        _pieces(row["input_ids"], row["labels"], tokenizer) for row in prepared.select(range(min(count, len(prepared))))
+    ]
+
+
+def _pieces(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    groups = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != _IGNORED)
+    return [(str(tokenizer.decode([token for token, _ in members])), trained) for trained, members in groups]
 
 
 def _cause(sample: dict[str, object], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> str:

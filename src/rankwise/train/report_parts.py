@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from rankwise.adapter import Adapter
 from rankwise.analysis import Alignment
+from rankwise.checkpoint import inspect
 from rankwise.report.measure import SiteMeasures
 from rankwise.report.page import AdapterPart
 from rankwise.train.generation import Sample
@@ -21,21 +21,19 @@ def adapter_part(
     name: str, directory: Path, adapter: Adapter, sites: Sequence[SiteMeasures], alignment: Measured | None = None
 ) -> AdapterPart:
     """An adapter's part of the page."""
+    found = inspect(directory)
     facts = {
         "directory": str(directory),
-        "base model": adapter.base_model or "not named",
-        "sites": str(len(adapter.sites)),
-        "rank": ", ".join(str(rank) for rank in sorted({site.delta.rank for site in adapter.sites.values()})),
+        "base model": found.base_model or "not named",
+        "sites": str(len(found.sites)),
+        "rank": ", ".join(str(rank) for rank in sorted({site.rank for site in found.sites})),
         "scaling": adapter.spec.scaling,
-        "trained whole": ", ".join(adapter.spec.modules_to_save) or "nothing",
+        "parameters": f"{found.parameters:,} ({', '.join(found.dtypes)})",
+        "replaces whole": ", ".join(found.replaced) or "nothing",
     }
-    paths = sorted(path for path in directory.glob("*") if path.suffix in (".safetensors", ".json"))
-    return AdapterPart(name, facts, sites, (), {path.name: _sha256(path) for path in paths}, alignment or {})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    engines = [(verdict.engine, verdict.answer, verdict.reason) for verdict in found.engines]
+    files = {each.name: each.sha256 for each in found.files if each.sha256 is not None}
+    return AdapterPart(name, facts, sites, engines, files, alignment or {})
 
 
 def texts(sample: Sample) -> tuple[str, str, str, str]:

@@ -35,9 +35,10 @@ from rankwise.train.generation import Sample
 from rankwise.train.progress import ProgressBar, busy
 from rankwise.train.recipe import Recipe
 from rankwise.train.run_report import run_report
-from rankwise.train.show import advice_table, advice_text, plan_table
+from rankwise.train.show import advice_table, advice_text, plan_table, smoke_warnings
+from rankwise.train.smoke import Smoke, smoke_step
 from rankwise.train.stop_signal import StopOnSigterm
-from rankwise.train.task import Loaded, Task
+from rankwise.train.task import Loaded, Look, Task
 from rankwise.train.trainer import AdapterTrainer
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
@@ -52,7 +53,9 @@ class Prepared:
     batches: Sequence[start.Batch]
     held_out: Dataset | None
     bar: ProgressBar
+    look: Look
     alignment: AlignmentCallback | None = None
+    smoke: Smoke | None = None
     checkpoint: Path | None = None
 
     @property
@@ -118,7 +121,11 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     if checkpoint is not None:
         resume.check_exact(checkpoint, prepared.trainer.facts, console, anyway=loaded.recipe.resume_anyway)
     start.attach(loaded, prepared.batches, console)
-    return replace(prepared, checkpoint=checkpoint)
+    with busy(console, "Trying one step"):
+        smoke = smoke_step(loaded.model, prepared.batches[0])
+    for warning in smoke_warnings(smoke):
+        console.print(f"[yellow]{warning}", highlight=False)
+    return replace(prepared, checkpoint=checkpoint, smoke=smoke)
 
 
 def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
@@ -130,13 +137,14 @@ def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared
         task.check(loaded, data)
         trainer, warnings = task.trainer(loaded, data, bar)
         batches = start.first_batches(trainer, recipe)
+        look = task.look(loaded, data, trainer, batches)
         alignment = None
         if recipe.alignment_steps is not None:
             alignment = AlignmentCallback(batches, recipe.alignment_steps)
             trainer.add_callback(alignment)
-    for warning in warnings:
+    for warning in (*warnings, *look.warnings):
         console.print(f"[yellow]{warning}")
-    return Prepared(loaded, trainer, batches, data.eval, bar, alignment)
+    return Prepared(loaded, trainer, batches, data.eval, bar, look, alignment)
 
 
 def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:

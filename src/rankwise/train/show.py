@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice
@@ -19,7 +20,9 @@ from rankwise.optim import OPTIMIZERS
 from rankwise.scaling import SCALINGS
 from rankwise.train.generation import Sample
 from rankwise.train.merged import Merged
+from rankwise.train.smoke import Smoke
 from rankwise.train.start import ADVISED_RANKS
+from rankwise.train.task import Look
 from rankwise.variants import VARIANTS
 
 
@@ -69,6 +72,58 @@ def advice_text(advice: RankAdvice, path: Path) -> str:
         f"{ranks[len(ranks) // 2]}) capture {advice.captured:.1%} of the gradients' energy; rank {advice.equal_rank} "
         f"everywhere {advice.captured_by_equal_rank:.1%}.\nThe ranks are in {path}: copy them into the recipe."
     )
+
+
+def look_table(look: Look, smoke: Smoke | None) -> Table:
+    """What a run trains on, and what its first step showed."""
+    table = _facts("What it trains on")
+    for label, text in look.facts.items():
+        table.add_row(label, escape(text))
+    if smoke is not None:
+        table.add_row("one step", f"loss {smoke.loss:.4f}, every gradient finite")
+        table.add_row(
+            "memory",
+            f"{smoke.needed / _GIB:.2f} GiB of {smoke.available / _GIB:.0f}: weights {smoke.weights / _GIB:.2f}, "
+            f"gradients and Adam's moments {smoke.training / _GIB:.2f}, activations {smoke.activations / _GIB:.2f}",
+        )
+    return table
+
+
+def samples_table(look: Look) -> Table:
+    """The first samples as the model sees them: what it is trained to write is bold and green."""
+    table = Table(
+        title="First samples; [bold green]what is trained[/] stands out", title_justify="left", show_header=False
+    )
+    table.box = box.SIMPLE
+    for number, pieces in enumerate(look.samples, 1):
+        text = Text()
+        for piece, trained in pieces:
+            text.append(_shortened(piece), "bold green" if trained else "dim")
+        table.add_row(str(number), text)
+    return table
+
+
+def _shortened(text: str, most: int = 600) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} […] {text[-most // 2 :]}"
+
+
+def smoke_warnings(smoke: Smoke) -> list[str]:
+    """What a first step showed that may not be meant."""
+    warnings = []
+    if smoke.idle:
+        warnings.append(
+            f"{len(smoke.idle)} adapted layers got no gradient from the first batch (the first is {smoke.idle[0]}): "
+            "experts that no token chose, or layers that the loss does not depend on"
+        )
+    if smoke.needed > 0.9 * smoke.available:
+        warnings.append(
+            f"a step takes about {smoke.needed / _GIB:.1f} GiB, the device has {smoke.available / _GIB:.1f}: lower "
+            "per_device_train_batch_size or max_length, or set gradient_checkpointing: true"
+        )
+    return warnings
+
+
+_GIB = 2**30
 
 
 def summary(metrics: dict[str, Any], adapter: Path, page: Path) -> Table:

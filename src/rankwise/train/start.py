@@ -10,17 +10,15 @@ from typing import Any, overload
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from torch import Tensor
 
 import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice, advise_ranks, step_spectrum
 from rankwise.errors import RecipeError
 from rankwise.inits import Init
 from rankwise.train.recipe import Recipe
-from rankwise.train.task import Loaded
+from rankwise.train.task import Batch, Loaded
 from rankwise.train.trainer import AdapterTrainer
 
-Batch = Mapping[str, Tensor]
 _GIB = 2**30
 ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
 

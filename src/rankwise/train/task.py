@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
@@ -17,6 +18,8 @@ from rankwise.train.generation import Sample
 from rankwise.train.progress import ProgressBar
 from rankwise.train.recipe import AdapterFields, Recipe
 from rankwise.train.trainer import AdapterTrainer
+
+Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,21 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     spec: rw.LoRA
     sites: Sequence[rw.Site]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a run is about to train on.
+
+    Attributes:
+        facts: label → text.
+        samples: the first ones, as (text, whether it is trained on) pieces.
+        warnings: what is likely not meant.
+    """
+
+    facts: Mapping[str, str]
+    samples: Sequence[Sequence[tuple[str, bool]]]
+    warnings: Sequence[str] = ()
 
 
 class Task(ABC):
@@ -52,6 +70,16 @@ class Task(ABC):
         """The trainer with its tokenised data, and warnings about samples that cannot be used.
 
         It comes before the adapter: the start may be computed from its batches.
+        """
+
+    @abstractmethod
+    def look(
+        self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Mapping[str, Tensor]]
+    ) -> Look:
+        """What the trainer's tokenised data and first batches hold.
+
+        Raises:
+            DataError: answers that never end.
         """
 
     @abstractmethod
