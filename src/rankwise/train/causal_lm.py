@@ -17,7 +17,7 @@ from rankwise.train.generation import Sample, before_and_after
 from rankwise.train.pretrained import load_pretrained
 from rankwise.train.progress import ProgressBar
 from rankwise.train.recipe import Recipe, TrainingFields
-from rankwise.train.task import Loaded, Look, Task, spec_of
+from rankwise.train.task import Batch, Loaded, Look, Task, spec_of
 from rankwise.train.trainer import AdapterTrainer, LanguageTrainer, sft_config
 
 
@@ -58,9 +58,7 @@ class CausalLM(Task):
             warnings += preflight.check_labels(trainer.eval_dataset, held_out, "held-out", tokenizer, recipe.max_length)
         return trainer, warnings
 
-    def look(
-        self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Mapping[str, Tensor]]
-    ) -> Look:
+    def look(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> Look:
         tokenizer, longest = loaded.tokenizer, loaded.recipe.max_length
         ends = preflight.end_tokens(loaded.model, tokenizer)
         facts = preflight.data_facts(trainer.train_dataset, ends, longest)

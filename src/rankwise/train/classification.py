@@ -80,9 +80,7 @@ class Classification(Task):
         )
         return trainer, []
 
-    def look(
-        self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Mapping[str, Tensor]]
-    ) -> Look:
+    def look(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> Look:
         counts = Counter(data.train["label"])
         labels = ", ".join(f"{label}: {count:,}" for label, count in counts.most_common())
         rows = data.train.select(range(min(3, len(data.train))))

@@ -38,7 +38,7 @@ from rankwise.train.run_report import run_report
 from rankwise.train.show import advice_table, advice_text, plan_table, smoke_warnings
 from rankwise.train.smoke import Smoke, smoke_step
 from rankwise.train.stop_signal import StopOnSigterm
-from rankwise.train.task import Loaded, Look, Task
+from rankwise.train.task import Batch, Loaded, Look, Task
 from rankwise.train.trainer import AdapterTrainer
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
@@ -50,7 +50,7 @@ class Prepared:
 
     loaded: Loaded
     trainer: AdapterTrainer
-    batches: Sequence[start.Batch]
+    batches: Sequence[Batch]
     held_out: Dataset | None
     bar: ProgressBar
     look: Look

@@ -73,9 +73,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def look(
-        self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Mapping[str, Tensor]]
-    ) -> Look:
+    def look(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> Look:
         """What the trainer's tokenised data and first batches hold.
 
         Raises:
