@@ -1,5 +1,6 @@
 # make demo   fine-tune a real 135 M model on real text, LoRA-GA beside plain LoRA
 # make test   the whole test suite
+# make soak   kill training runs 500 times, and at every operation on the disk; benchmarks/results/kills.json
 # make check  formatter, linter, strict types, import contract
 # Each sets up .venv first; the stamp file makes that instant from the second time on.
 
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test soak check format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -37,6 +38,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+soak: setup
+	$(BIN)/python benchmarks/kills.py --kills 500
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rankwise.checkpoint.directory import checkpoints
@@ -198,6 +200,18 @@ def test_another_number_of_processes_device_or_version_is_refused(make, tmp_path
     assert "processes: was 1, is 2" in text
     assert "device: was 'cpu', is 'cuda'" in text
     assert re.search(r"torch: was '2\.\S+', is '9\.9'", text)
+
+
+def test_another_base_under_the_same_name_is_refused(make, tmp_path, tiny):
+    copy = tmp_path / "model"
+    shutil.copytree(tiny, copy)
+    run.train(make(model=str(copy), max_steps=2), SILENT)
+    changed = AutoModelForCausalLM.from_pretrained(copy)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight *= 1.001
+    changed.save_pretrained(copy)
+    with pytest.raises(SpecMismatch, match=r"base weights: was 'SHA-256 \w+', is 'SHA-256 \w+'"):
+        run.prepare(run.load(make(model=str(copy), max_steps=2, resume_from_checkpoint=True), SILENT), SILENT)
 
 
 def test_what_does_not_change_the_steps_may_change(make, tmp_path):

@@ -22,7 +22,7 @@ from rankwise.train.labels import save_labels
 from rankwise.train.pretrained import load_classifier
 from rankwise.train.progress import ProgressBar
 from rankwise.train.recipe import Recipe, TrainingFields
-from rankwise.train.task import Loaded, Look, Task, spec_of
+from rankwise.train.task import Batch, Loaded, Look, Task, spec_of
 from rankwise.train.trainer import AdapterTrainer, ClassifierTrainer, training_arguments
 
 

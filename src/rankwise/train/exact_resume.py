@@ -10,7 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from torch import Tensor, nn
 
 from rankwise.train.recipe import Recipe
 
@@ -22,15 +24,21 @@ _MAY_CHANGE = {
     "init_memory", "init_cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to",
     "resume_from_checkpoint", "resume_anyway", "dataloader_num_workers", "alignment_steps",
 }  # fmt: skip
+_SAMPLED = 16
 _PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate")
 
 
-def facts(recipe: Recipe, data: Dataset, *, processes: int, device: str) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the uninterrupted one, as plain data."""
+def facts(recipe: Recipe, data: Dataset, base: str, *, processes: int, device: str) -> dict[str, Any]:
+    """What must be equal for a resumed run to be the uninterrupted one, as plain data.
+
+    Args:
+        base: the :func:`base_digest` of the model.
+    """
     fields = {name: value for name, value in recipe.model_dump(mode="json").items() if name not in _MAY_CHANGE}
     found = {
         "recipe": fields,
         "training data": f"{len(data)} samples, SHA-256 {fingerprint(data)}",
+        "base weights": f"SHA-256 {base}",
         "processes": processes,
         "device": device,
         "versions": {name: version(name) for name in _PACKAGES},
@@ -49,6 +57,18 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         elif was != is_now:
             lines.append(f"{name}: was {was!r}, is {is_now!r}")
     return lines
+
+
+def base_digest(model: nn.Module) -> str:
+    """SHA-256 over evenly spaced values of each weight: another base is recognised without reading all of it."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        weight = parameter.data
+        if type(weight) is Tensor and weight.numel():  # a quantised kind of its own may not be taken apart
+            places = torch.linspace(0, weight.numel() - 1, _SAMPLED, device=weight.device).long()
+            digest.update(weight.flatten()[places].cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(data: Dataset) -> str:

@@ -115,9 +115,10 @@ def load(recipe: Recipe, console: Console) -> Loaded:
 def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
     """Check the data, and attach the adapter at its start."""
     # What refuses to go on should not wait for the start.
-    run_lock.check_free(loaded.recipe.output_dir)
     checkpoint = resume.choose(loaded.recipe, console)
     prepared = check(loaded, console, title)
+    if prepared.trainer.is_world_process_zero():
+        run_lock.check_free(loaded.recipe.output_dir)
     if checkpoint is not None:
         resume.check_exact(checkpoint, prepared.trainer.facts, console, anyway=loaded.recipe.resume_anyway)
     start.attach(loaded, prepared.batches, console)
@@ -172,6 +173,7 @@ def execute(prepared: Prepared, console: Console) -> Result:
         RunLocked: another process writes to the run's directory. RunStopped: a SIGTERM came; a checkpoint is saved.
     """
     writes = prepared.trainer.is_world_process_zero()
+    prepared.trainer.accelerator.wait_for_everyone()  # before the checkpoints that another still looks at are moved
     with run_lock.only_writer(prepared.recipe.output_dir, console) if writes else nullcontext():
         if writes:
             resume.tidy(prepared.recipe.output_dir, prepared.checkpoint, console)

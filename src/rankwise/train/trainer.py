@@ -43,6 +43,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *, model: PreTrainedModel, recipe: Recipe, **kwargs: Any) -> None:
         self.recipe = recipe
         self._own_forward = vars(model).get("forward")
+        self._base = exact_resume.base_digest(model)  # now, that no adapter changes it
         self._saving_in: str | None = None
         self._at = (0, -1)  # the optimizer step and the batch within it that are being computed
         self._batch_shape: tuple[int, ...] = ()
@@ -54,7 +55,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def facts(self) -> dict[str, Any]:
         """What decides whether a resume is exact."""
         args = self.args
-        return exact_resume.facts(self.recipe, self.train_dataset, processes=args.world_size, device=args.device.type)
+        return exact_resume.facts(
+            self.recipe, self.train_dataset, self._base, processes=args.world_size, device=args.device.type
+        )
 
     def release(self) -> None:
         """Give the model its own forward back: TRL and accelerate put theirs on the instance."""
