@@ -56,8 +56,8 @@ class MergeReport:
 
 
 # Past it more than half of the change's energy is gone, and the merged weights are nearer to the pretrained ones than
-# to the trained. Measured on SmolLM2-135M in bf16: where 23 % of the change was lost, the logits were off by 9 % of what
-# the adapter had moved them; at 59 % lost by 26 %, at 84 % by 60 %, at 95 % by more than all of it.
+# to the trained. Measured on SmolLM2-135M in bf16: where 23 % of the change was lost, the logits were off by 9 % of
+# what the adapter had moved them; at 59 % lost by 26 %, at 84 % by 60 %, at 95 % by more than all of it.
 MOST_LOST = 0.7
 
 
