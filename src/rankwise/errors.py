@@ -21,7 +21,10 @@ RankwiseError
 ├── DataError               training data that cannot be used
 │   └── NoTrainableTokens   every label is masked
 ├── RecipeError             a recipe key or value that is not known
-└── TrainingError           a run that cannot go on (loss not finite, unreadable state)
+└── TrainingError           a run that cannot go on (loss or gradient not finite)
+    ├── OutOfMemory         a step did not fit into memory
+    ├── RunLocked           another process writes to the run's directory
+    └── RunStopped          asked to stop (SIGTERM): saved, and to be resumed
 """
 
 
@@ -123,3 +126,15 @@ class RecipeError(RankwiseError, ValueError):
 
 class TrainingError(RankwiseError, RuntimeError):
     """A run that cannot go on."""
+
+
+class OutOfMemory(TrainingError):
+    """A step did not fit into memory."""
+
+
+class RunLocked(TrainingError):
+    """Another process writes to the run's directory."""
+
+
+class RunStopped(TrainingError):
+    """The run was asked to stop; it is saved, and can be resumed."""

@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(make, tmp_path,
 
 def test_resume_true_takes_the_newest_checkpoint(make, tmp_path):
     run.train(make(max_steps=6), SILENT)
-    resumed = run.train(make(max_steps=8, resume_from_checkpoint=True), SILENT)
+    resumed = run.train(make(max_steps=8, resume_from_checkpoint=True, resume_anyway=True), SILENT)
     assert resumed.metrics["steps"] == 8
     assert [row["step"] for row in resumed.history if "loss" in row] == list(range(1, 9))
 
@@ -110,9 +110,10 @@ def test_resume_without_a_checkpoint_is_refused(make):
 
 def test_resume_with_a_file_missing_is_refused(make, tmp_path):
     run.train(make(), SILENT)
-    (tmp_path / "run" / "checkpoint-6" / "optimizer.pt").unlink()
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"checkpoint-6: cannot resume exactly, optimizer\.pt not found"):
-        run.train(make(resume_from_checkpoint=True, max_steps=8), SILENT)
+        run.train(make(resume_from_checkpoint=str(checkpoint), resume_anyway=True), SILENT)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it

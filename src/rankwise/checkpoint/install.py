@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankwise.adapter import Adapter, SiteAdapter, extract, probe
 from rankwise.checkpoint.bottleneck_format import PEFT_TYPE, read_bottlenecks, write_bottlenecks
 from rankwise.checkpoint.peft_format import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
-from rankwise.errors import BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
+from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
 from rankwise.layers import Kind, dequantised, forbid_repacking, is_quantised, kind_of
 from rankwise.lowrank import LowRank
@@ -35,13 +35,28 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     """
     name = adapter_name(model, name)
     owner, record = host(model)
-    spec, layers = record.specs[name], adapter_layers(model, name)
+    spec = record.specs[name]
+    if isinstance(spec, Bottleneck):
+        with switched_off(model):
+            write_bottlenecks(owner, spec, adapter_layers(model, name), directory)
+    else:
+        write_adapter(portable(model, name=name), directory)
+
+
+def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
+    """A LoRA, DoRA or AdaLoRA adapter on a model (the active one by default) as a value, without the model.
+
+    Raises:
+        AttachError: no such adapter, several are active and no name is given, or it is a bottleneck.
+    """
+    name = adapter_name(model, name)
+    owner, record = host(model)
+    spec = record.specs[name]
+    if isinstance(spec, Bottleneck):
+        raise AttachError(f"adapter {name!r} is a bottleneck, which changes no weight; expected one that does")
+    changes = {path: each for path, each in adapter_layers(model, name).items() if isinstance(each, FoldableLayer)}
     with switched_off(model):  # the probe must see the pretrained weights, whatever the anchor
-        if isinstance(spec, Bottleneck):
-            write_bottlenecks(owner, spec, layers, directory)
-        else:
-            changes = {path: layer for path, layer in layers.items() if isinstance(layer, FoldableLayer)}
-            write_adapter(extract(owner, spec, changes, copied_values(owner, name)), directory)
+        return extract(owner, spec, changes, copied_values(owner, name))
 
 
 def load(

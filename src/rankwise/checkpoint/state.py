@@ -50,8 +50,13 @@ def save_state(model: nn.Module, directory: str | Path, *, name: str | None = No
     write_tensors(Path(directory) / STATE, _tensors(model, name), {_SPEC: _spec(model, name)})
 
 
-def load_state(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:
+def load_state(
+    model: nn.Module, directory: str | Path, *, name: str | None = None, allow_other_spec: bool = False
+) -> None:
     """Copy a saved state into the same adapter on the same model, all tensors or none.
+
+    Args:
+        allow_other_spec: take the tensors, which must fit, although the spec (a dropout, a scale) is another.
 
     Raises:
         BrokenFile, NonFiniteTensor: the file cannot be trusted.
@@ -71,7 +76,8 @@ def load_state(model: nn.Module, directory: str | Path, *, name: str | None = No
                 f"{path}: {key} is {tuple(saved[key].shape)} {saved[key].dtype}, "
                 f"expected {tuple(tensor.shape)} {tensor.dtype}"
             )
-    _check_spec(path, _spec(model, name))
+    if not allow_other_spec:
+        _check_spec(path, _spec(model, name))
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])

@@ -15,16 +15,24 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from rankwise.cli.flags import recipe_flags
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, RunStopped
 from rankwise.train import recipe as recipes
+
+_STOPPED = 128 + 15  # what a shell reports for SIGTERM
 
 
 class _Group(TyperGroup):
-    """Prints rankwise's own errors as a message with exit code 2; any other error is a bug and shows its trace."""
+    """Prints rankwise's own errors as a message with exit code 2; any other error is a bug and shows its trace.
+
+    A run that a SIGTERM stopped, saved, has the exit code that schedulers know for it: 143.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except RunStopped as stopped:
+            Console(stderr=True).print(f"[yellow]{escape(str(stopped))}", highlight=False)
+            raise typer.Exit(_STOPPED) from None
         except RankwiseError as error:
             if ctx.params.get("traceback"):
                 raise
@@ -83,7 +91,7 @@ def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
 
     console = _console()
     result = run.train(wanted, console)
-    console.print(summary(result.metrics, result.adapter, result.curve))
+    console.print(summary(result.metrics, result.adapter, result.page))
 
 
 @app.command()
@@ -180,6 +188,57 @@ def generate(
     with busy(console, "Answering, without the adapter and with it"):
         sample = answer(adapter, base, prompt, chat=chat, max_new_tokens=max_new_tokens)
     console.print(sample_table(sample))
+
+
+@app.command()
+def analyze(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter directories to compare.")],
+    out: Annotated[Path, typer.Option(help="The page; its numbers go beside it as JSON.")] = Path("analysis.html"),
+    base: Base = None,
+    batches: Annotated[
+        str | None, typer.Option(help="Training data, to compare the next step with full fine-tuning's.")
+    ] = None,
+    batch_count: Annotated[int, typer.Option(min=1, help="Batches of it: 4 samples of 128 tokens each.")] = 8,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue with and without each adapter.")] = None,
+    without_base: Annotated[
+        bool, typer.Option("--without-base", help="Load no model: only what the factors alone say.")
+    ] = False,
+) -> None:
+    """Measure adapters against their base, and show it on one static page."""
+    from rankwise.report.page import write_report
+    from rankwise.train.analyze import analyze as measured
+
+    console = _console()
+    report = measured(
+        adapters,
+        base,
+        console,
+        batches=batches,
+        batch_count=batch_count,
+        prompts=prompt or (),
+        without_base=without_base,
+    )
+    page = write_report(report, out)
+    console.print(f"The page is {page}; its numbers are in {page.with_suffix('.json')}", highlight=False)
+
+
+@app.command()
+@recipe_flags
+def study(
+    name: Annotated[str, typer.Argument(help="weight-types, ranks, subspace, amplification or intrinsic-dimension.")],
+    recipe: RecipeFile = None,
+    out: Annotated[Path, typer.Option(help="Directory for results, pages, and runs to go on from.")] = Path("studies"),
+    seeds: Annotated[int, typer.Option(help="Seeds of every arm, from the recipe's on.")] = 2,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Repeat an experiment of the papers on your model and data. Stopped, it goes on where it was."""
+    wanted = recipes.load(recipe, overrides)
+    from rankwise.studies import run_study, write_outcome
+
+    console = _console()
+    outcome = run_study(name, wanted, out, seeds, console)
+    console.print(f"The page is {write_outcome(name, outcome, wanted, seeds, out)}", highlight=False)
 
 
 @app.command()

@@ -57,7 +57,7 @@ def intrinsic_dimension(recipe: Recipe, layers: int, runs: Runs, *, largest: int
 
     Args:
         layers: how many target layers there are.
-        largest: dimension to try.
+        largest: dimension to try, where there are as many weights.
     """
 
     def at(rate: float) -> Recipe:
@@ -68,16 +68,22 @@ def intrinsic_dimension(recipe: Recipe, layers: int, runs: Runs, *, largest: int
     weights = runs.full(at(full.rate)).parameters
     goal = pretrained - SHARE * (pretrained - full.loss)
 
+    last: dict[int, float] = {}  # the dimension that was tried last → its best rate
+
     def search(layer_scales: bool) -> Dimension:
         def best(dimension: int) -> Tuned:
             def loss(rate: float) -> float:
                 return runs.random_subspace(at(rate), dimension, layer_scales=layer_scales).loss
 
-            # Adam moves every number by about its rate: √(D/d) makes steps in the subspace as long as full ones.
-            return tune(loss, full.rate * 2.0 ** round(math.log2(weights / dimension) / 2), factor=4.0)
+            # Adam moves every number by about its rate, so steps are equally long where rate · √d is. Where nothing
+            # was tried yet, four times as long as a full step: a random direction does less.
+            known, rate = last.popitem() if last else (weights, 4 * full.rate)
+            tuned = tune(loss, rate * 2.0 ** round(math.log2(known / dimension) / 2), factor=4.0)
+            last[dimension] = tuned.rate
+            return tuned
 
         smallest = math.ceil(math.log2(layers + 1)) + 1 if layer_scales else 4
-        return bisect(best, goal, smallest, int(math.log2(largest)))
+        return bisect(best, goal, smallest, int(math.log2(min(largest, weights))))
 
     return IntrinsicDimension(pretrained, full, goal, weights, {"DID": search(False), "SAID": search(True)})
 

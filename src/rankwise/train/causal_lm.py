@@ -50,7 +50,7 @@ class CausalLM(Task):
             eval_dataset=held_out,
             processing_class=tokenizer,
             callbacks=[bar, AdaLoraCallback()],
-            lr_ratio=recipe.lr_ratio,
+            recipe=recipe,
         )
         warnings = preflight.check_labels(trainer.train_dataset, train, "training", tokenizer, recipe.max_length)
         if held_out is not None:

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 import rankwise as rw
-from rankwise.train.curve import save_loss_curve
+from rankwise.report.curve import save_loss_curve
 from rankwise.train.merged import save_merged
 from rankwise.train.progress import busy
 from rankwise.train.recipe import Recipe

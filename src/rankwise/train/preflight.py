@@ -12,13 +12,13 @@ import rankwise as rw
 from rankwise.errors import DataError, NoTrainableTokens, TargetError
 from rankwise.train.data import Data
 
-_ROW = "rankwise_row"
+ROW = "rankwise_row"
 _IGNORED = -100
 
 
 def numbered(dataset: Dataset) -> Dataset:
     """The data set with each sample's number, so that the samples dropped on the way can be named."""
-    return dataset.add_column(_ROW, list(range(1, len(dataset) + 1)))
+    return dataset.add_column(ROW, list(range(1, len(dataset) + 1)))
 
 
 def check_form(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,9 +58,9 @@ def check_labels(
     Raises:
         NoTrainableTokens: none has.
     """
-    rows, labels = prepared[_ROW], prepared["labels"]
+    rows, labels = prepared[ROW], prepared["labels"]
     trained = {row for row, sample in zip(rows, labels, strict=True) if any(label != _IGNORED for label in sample)}
-    lost = [row for row in given[_ROW] if row not in trained]
+    lost = [row for row in given[ROW] if row not in trained]
     if not lost:
         return []
     cause = _cause(given[lost[0] - 1], tokenizer, max_length)

@@ -105,6 +105,14 @@ class StartFields(_Section):
     )
 
 
+class AnalysisFields(_Section):
+    """Analysis"""
+
+    alignment_steps: Positive | None = Field(
+        None, description="Steps between two looks at how far the adapter's step agrees with full fine-tuning's."
+    )
+
+
 class OptimizerFields(_Section):
     """Optimizer"""
 
@@ -135,11 +143,12 @@ class TrainingFields(_Section):
     logging_steps: Positive = Field(10, description="Steps between two logged losses.")
     eval_steps: Positive | None = Field(None, description="Steps between two evaluations; default: once an epoch.")
     save_steps: Positive = Field(500, description="Steps between two checkpoints.")
-    save_total_limit: Positive | None = Field(None, description="Keep only this many checkpoints.")
+    save_total_limit: Positive | None = Field(None, description="Keep only this many valid checkpoints.")
     report_to: str | list[str] = Field("none", description="Where to report: none, tensorboard, wandb ...")
     resume_from_checkpoint: bool | str | None = Field(
-        None, description="true: the newest checkpoint in output_dir; or a checkpoint directory."
+        None, description="true: the newest valid checkpoint in output_dir; or a checkpoint directory."
     )
+    resume_anyway: bool = Field(False, description="Resume although the recipe, data, machine or versions changed.")
     dataloader_num_workers: int = Field(0, ge=0, description="Processes that load data.")
 
 
@@ -150,10 +159,11 @@ SECTIONS: tuple[type[_Section], ...] = (
     StartFields,
     OptimizerFields,
     TrainingFields,
+    AnalysisFields,
 )
 
 
-class Recipe(TrainingFields, OptimizerFields, StartFields, AdapterFields, DataFields, ModelFields):
+class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, AdapterFields, DataFields, ModelFields):
     """A whole run.
 
     >>> Recipe(model="smollm2-135m", data="kjv", rank=16).rank

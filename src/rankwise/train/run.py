@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,41 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
-from rankwise.errors import CheckpointError
-from rankwise.train import start
+from rankwise.adapter import Adapter
+from rankwise.checkpoint.install import portable
+from rankwise.errors import RunStopped
+from rankwise.report.curve import save_loss_curve
+from rankwise.report.figures import points
+from rankwise.report.page import write_report
+from rankwise.train import resume, run_lock, start
+from rankwise.train.alignment_callback import AlignmentCallback
 from rankwise.train.card import save_model_card
 from rankwise.train.causal_lm import CausalLM
 from rankwise.train.classification import Classification
-from rankwise.train.curve import points, save_loss_curve
 from rankwise.train.data import load_data
 from rankwise.train.generation import Sample
 from rankwise.train.progress import ProgressBar, busy
 from rankwise.train.recipe import Recipe
+from rankwise.train.run_report import run_report
 from rankwise.train.show import advice_table, advice_text, plan_table
+from rankwise.train.stop_signal import StopOnSigterm
 from rankwise.train.task import Loaded, Task
-from rankwise.train.trainer import AdapterTrainer, newest_checkpoint
+from rankwise.train.trainer import AdapterTrainer
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed its checks. Nothing is trained."""
+    """A run that has passed its checks, and the checkpoint that it goes on from. Nothing is trained."""
 
     loaded: Loaded
     trainer: AdapterTrainer
     batches: Sequence[start.Batch]
     held_out: Dataset | None
     bar: ProgressBar
+    alignment: AlignmentCallback | None = None
+    checkpoint: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -68,6 +78,7 @@ class Result:
     prepared: Prepared
     adapter: Path
     curve: Path
+    page: Path
     history: list[dict[str, Any]]
     metrics: dict[str, Any]
     sample: Sample | None
@@ -100,10 +111,14 @@ def load(recipe: Recipe, console: Console) -> Loaded:
 
 def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
     """Check the data, and attach the adapter at its start."""
-    _checkpoint(loaded.recipe)  # whose absence should not wait for the start
+    # What refuses to go on should not wait for the start.
+    run_lock.check_free(loaded.recipe.output_dir)
+    checkpoint = resume.choose(loaded.recipe, console)
     prepared = check(loaded, console, title)
+    if checkpoint is not None:
+        resume.check_exact(checkpoint, prepared.trainer.facts, console, anyway=loaded.recipe.resume_anyway)
     start.attach(loaded, prepared.batches, console)
-    return prepared
+    return replace(prepared, checkpoint=checkpoint)
 
 
 def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
@@ -115,9 +130,13 @@ def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared
         task.check(loaded, data)
         trainer, warnings = task.trainer(loaded, data, bar)
         batches = start.first_batches(trainer, recipe)
+        alignment = None
+        if recipe.alignment_steps is not None:
+            alignment = AlignmentCallback(batches, recipe.alignment_steps)
+            trainer.add_callback(alignment)
     for warning in warnings:
         console.print(f"[yellow]{warning}")
-    return Prepared(loaded, trainer, batches, data.eval, bar)
+    return Prepared(loaded, trainer, batches, data.eval, bar, alignment)
 
 
 def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
@@ -139,14 +158,28 @@ def save_adapter(prepared: Prepared, name: str = "adapter") -> Path:
 
 
 def execute(prepared: Prepared, console: Console) -> Result:
-    """Train, then write the adapter, its card, the loss curve and the numbers."""
+    """Train, then write the adapter, its card, the loss curve, the numbers and the page that shows them.
+
+    Raises:
+        RunLocked: another process writes to the run's directory. RunStopped: a SIGTERM came; a checkpoint is saved.
+    """
+    writes = prepared.trainer.is_world_process_zero()
+    with run_lock.only_writer(prepared.recipe.output_dir, console) if writes else nullcontext():
+        if writes:
+            resume.tidy(prepared.recipe.output_dir, prepared.checkpoint, console)
+        first = portable(prepared.model)
+        _train(prepared)
+        return _written(prepared, first, console)
+
+
+def _written(prepared: Prepared, first: Adapter, console: Console) -> Result:
+    """The files of a trained run; ``first`` is its adapter before the first step."""
     recipe, trainer, task = prepared.recipe, prepared.trainer, TASKS[prepared.recipe.task]
-    _train(prepared)
     out = Path(recipe.output_dir)
     history = trainer.state.log_history
     sample = task.sample(prepared.loaded, prepared.held_out)
     metrics = _metrics(prepared, history) | task.metrics(history)
-    result = Result(prepared, out / "adapter", out / "loss.png", history, metrics, sample)
+    result = Result(prepared, out / "adapter", out / "loss.png", out / "report.html", history, metrics, sample)
     if trainer.is_world_process_zero():
         save_adapter(prepared)
         save_loss_curve({"run": history}, result.curve, title_of(recipe), task.loss_unit)
@@ -154,30 +187,47 @@ def execute(prepared: Prepared, console: Console) -> Result:
             result.adapter, title=title_of(recipe), recipe=recipe, metrics=metrics, curve=result.curve, sample=sample
         )
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        with busy(console, "Measuring the adapter"):
+            _write_page(result, first)
     return result
+
+
+def _write_page(result: Result, first: Adapter) -> None:
+    prepared, recipe = result.prepared, result.prepared.recipe
+    report = run_report(
+        title_of(recipe),
+        recipe=recipe,
+        model=prepared.model,
+        first=first,
+        directory=result.adapter,
+        history=result.history,
+        loss_unit=TASKS[recipe.task].loss_unit,
+        metrics=result.metrics,
+        sample=result.sample,
+        over_run={} if prepared.alignment is None else prepared.alignment.measured,
+    )
+    write_report(report, result.page)
 
 
 def _train(prepared: Prepared) -> None:
     """Train, and end with an evaluation of the adapter that is saved."""
-    trainer = prepared.trainer
+    trainer, stop = prepared.trainer, StopOnSigterm()
+    trainer.add_callback(stop)
     try:
-        trainer.train(resume_from_checkpoint=_checkpoint(prepared.recipe))
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
+        if stop.stopping:
+            raise RunStopped(
+                f"{prepared.recipe.output_dir}: SIGTERM came, so the run stopped after step "
+                f"{trainer.state.global_step} of {trainer.state.max_steps} and saved it. Start it again with "
+                "resume_from_checkpoint: true to go on from there."
+            )
         evaluated = points(trainer.state.log_history, "eval_loss")[0]
         if trainer.eval_dataset is not None and evaluated[-1] != trainer.state.global_step:
             trainer.evaluate()
     finally:
         prepared.bar.stop()
         trainer.release()
-
-
-def _checkpoint(recipe: Recipe) -> str | None:
-    """Where to resume from, if anywhere."""
-    choice = recipe.resume_from_checkpoint
-    if choice is True:
-        return newest_checkpoint(recipe.output_dir)
-    if choice and not Path(choice).is_dir():
-        raise CheckpointError(f"{choice}: no such directory; expected a checkpoint of the run to resume")
-    return choice or None
 
 
 def _metrics(prepared: Prepared, history: list[dict[str, Any]]) -> dict[str, Any]:

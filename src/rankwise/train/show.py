@@ -71,7 +71,7 @@ def advice_text(advice: RankAdvice, path: Path) -> str:
     )
 
 
-def summary(metrics: dict[str, Any], adapter: Path, curve: Path) -> Table:
+def summary(metrics: dict[str, Any], adapter: Path, page: Path) -> Table:
     """How a run ended and where its files lie."""
     table = _facts("Done")
     if metrics["eval_loss_before"] is not None:
@@ -82,7 +82,7 @@ def summary(metrics: dict[str, Any], adapter: Path, curve: Path) -> Table:
         table.add_row("training loss", f"{metrics['train_loss_first']:.4f} → {metrics['train_loss_last']:.4f}")
     table.add_row("steps", f"{metrics['steps']} in {metrics['train_seconds']:.0f} s")
     table.add_row("adapter", str(adapter))
-    table.add_row("loss curve", str(curve))
+    table.add_row("report", f"{page} (opens in a browser)")
     return table
 
 

@@ -44,12 +44,12 @@ def attach(loaded: Loaded, batches: Sequence[Batch], console: Console) -> None:
             f"`init_cache`: init {type(init).__name__} collects no gradients, so there is nothing to keep; expected an "
             f"init such as lora-ga, or no cache"
         )
-    with _shown(batches, "Computing the adapter's start", console) as shown:
-        evidence = _gradients(loaded, shown, init) if recipe.init_cache else None
+    with shown(batches, "Computing the adapter's start", console) as watched:
+        evidence = _gradients(loaded, watched, init) if recipe.init_cache else None
         rw.attach(
             loaded.model,
             loaded.spec,
-            batches=shown,
+            batches=watched,
             evidence=evidence,
             method=recipe.init_method,
             memory_budget=_budget(recipe),
@@ -88,10 +88,10 @@ def advise(
     shapes = {site.name: site.shape for site in loaded.sites}
     largest = min(max(ADVISED_RANKS), *(min(shape) // 2 for shape in shapes.values()))
     budget = sum(site.parameters for site in loaded.sites) if parameters is None else parameters
-    with _shown(batches, "Collecting gradients", console) as shown:
+    with shown(batches, "Collecting gradients", console) as watched:
         evidence = rw.gradients(
             loaded.model,
-            shown,
+            watched,
             list(shapes),
             loaded.recipe.init_method,
             rank=largest,
@@ -128,7 +128,8 @@ class _Shown(Sequence[Batch]):
 
 
 @contextmanager
-def _shown(batches: Sequence[Batch], doing: str, console: Console) -> Iterator[_Shown]:
+def shown(batches: Sequence[Batch], doing: str, console: Console) -> Iterator[Sequence[Batch]]:
+    """The batches, with a bar on the console while something goes over them."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         yield _Shown(batches, progress, doing)

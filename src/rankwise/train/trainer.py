@@ -1,10 +1,15 @@
-"""transformers' and TRL's trainers, taught that the model carries a rankwise adapter: checkpoints hold it only."""
+"""transformers' and TRL's trainers, taught that the model carries a rankwise adapter.
+
+Checkpoints hold the adapter only and are there whole or not at all; what stops a run is named with its step.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +19,42 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from trl import SFTConfig, SFTTrainer
 
 import rankwise as rw
+from rankwise.checkpoint import directory as checkpoints
 from rankwise.checkpoint import load_state, save_state
-from rankwise.errors import CheckpointError, RecipeError, TrainingError
+from rankwise.errors import CheckpointError, OutOfMemory, RecipeError, TrainingError
 from rankwise.slots import find_record
+from rankwise.train import exact_resume
+from rankwise.train.preflight import ROW
+from rankwise.train.recipe import Recipe
 
-# What `Trainer` writes beside the weights. A resume without one of them goes on from another state than
-# the one that was saved, so each is asked for before anything is loaded.
-_RESUME_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_SHOWN_SAMPLES = 32
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """Overrides where a `Trainer` saves, loads and steps, and nothing else.
 
-    A checkpoint directory is a PEFT adapter (`rw.save`) plus the raw trained tensors and their anchor, from
-    which the run goes on bit for bit.
+    A checkpoint directory is a PEFT adapter (`rw.save`), the raw trained tensors and their anchor, from which the run
+    goes on bit for bit, and what transformers writes of its own: `optimizer.pt`, `scheduler.pt`, `rng_state*.pth`
+    (pickles, read by transformers with `weights_only`, so that they can run no code) and `trainer_state.json`.
     """
 
     optimizer: torch.optim.Optimizer | None
 
-    def __init__(self, *, model: PreTrainedModel, lr_ratio: float | str | None = None, **kwargs: Any) -> None:
-        self.lr_ratio = lr_ratio
+    def __init__(self, *, model: PreTrainedModel, recipe: Recipe, **kwargs: Any) -> None:
+        self.recipe = recipe
         self._own_forward = vars(model).get("forward")
+        self._saving_in: str | None = None
+        self._at = (0, -1)  # the optimizer step and the batch within it that are being computed
+        self._batch_shape: tuple[int, ...] = ()
         with _announced(model), _refusals():
             super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What decides whether a resume is exact."""
+        args = self.args
+        return exact_resume.facts(self.recipe, self.train_dataset, processes=args.world_size, device=args.device.type)
 
     def release(self) -> None:
         """Give the model its own forward back: TRL and accelerate put theirs on the instance."""
@@ -48,12 +65,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """LoRA+ asks for its own groups; otherwise transformers' are right."""
-        if self.optimizer is None and self.lr_ratio is not None:
+        if self.optimizer is None and self.recipe.lr_ratio is not None:
             args = self.args
             groups = rw.param_groups(
                 self.model if model is None else model,
                 lr=args.learning_rate,
-                lr_ratio=self.lr_ratio,
+                lr_ratio=self.recipe.lr_ratio,
                 weight_decay=args.weight_decay,
             )
             cls, options = self.get_optimizer_cls_and_kwargs(args, self.model)
@@ -61,23 +78,88 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; memory that runs out is named with the step."""
+        try:
+            return super().train(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(self._out_of_memory(error)) from error
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Where to begin; how often to save, log and evaluate is the recipe's to say, not the checkpoint's."""
+        begin = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return begin
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """An epoch; none where the checkpoint that is resumed from was the run's last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One step; a loss that is not finite stops the run before it reaches the weights."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+        step, batch = self._at
+        self._at = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
+        self._batch_shape = tuple(inputs["input_ids"].shape)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"step {self.state.global_step + 1}: expected a finite loss, found {loss.item()}. The adapter was not "
-                f"updated with it; earlier checkpoints in {self.args.output_dir} are good. Lower learning_rate (now "
-                f"{self.args.learning_rate:g}), add warmup_steps, or train with bf16: false."
-            )
+            raise TrainingError(self._not_finite("loss", loss, self._samples(self._at[1])))
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients; one that is not finite stops the run before they reach the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not torch.isfinite(torch.as_tensor(norm)):
+            samples = [number for batch in range(self._at[1] + 1) for number in self._samples(batch)]
+            raise TrainingError(self._not_finite("gradient norm", norm, samples))
+        return norm
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Before the first step it is the pretrained model that is evaluated, also where the start changes it."""
+        """Before the first step it is the pretrained model that is evaluated, also where the start changes it.
+
+        It leaves the run's random numbers as they were, so that a run takes the same steps however often it is
+        evaluated, and resumes exactly from a checkpoint that was written before an evaluation.
+        """
         before_training = self.state.global_step == 0 and find_record(self.model) is not None
-        with rw.disabled(self.model) if before_training else nullcontext():
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with rw.disabled(self.model) if before_training else nullcontext(), torch.random.fork_rng(devices):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where transformers writes `checkpoint-N`: beside the run's checkpoints, until it is whole."""
+        return self._saving_in or str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A whole checkpoint or none, then fewer old ones if the recipe says so."""
+        self._check_weights()
+        run_dir, step = Path(self.args.output_dir), self.state.global_step
+        partial = run_dir / checkpoints.PARTIAL / checkpoints.name_of(step)
+        try:
+            if self.args.should_save:
+                checkpoints.begin(run_dir, step)
+            self.accelerator.wait_for_everyone()
+            self._saving_in = str(partial.parent)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.publish(partial, self.facts)
+                if self.recipe.save_total_limit is not None:
+                    checkpoints.keep_newest(run_dir, self.recipe.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        except Exception as error:
+            if not _is_of_the_disk(error):
+                raise
+            raise CheckpointError(
+                f"{run_dir}: checkpoint-{step} could not be written ({error}). {self._last_good()} Make room on the "
+                "disk, or see to its rights, and resume."
+            ) from error
+        finally:
+            self._saving_in = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -89,14 +171,63 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
-        missing = [name for name in _RESUME_FILES if not any(directory.glob(name))]
-        if missing:
-            raise CheckpointError(
-                f"{directory}: cannot resume exactly, {', '.join(missing)} not found there. Resume from another "
-                "checkpoint, or start anew from its adapter."
-            )
         _check_unfinished(directory, self.args.max_steps)
-        load_state(self.model if model is None else model, directory)
+        trained = self.model if model is None else model
+        load_state(trained, directory, allow_other_spec=self.recipe.resume_anyway)
+
+    def _check_weights(self) -> None:
+        """An update can overflow where loss and gradient were finite; such weights must not become a checkpoint."""
+        if all(bool(torch.isfinite(tensor).all()) for tensor in rw.trainable_parameters(self.model)):
+            return
+        raise TrainingError(
+            f"step {self.state.global_step}: expected finite adapter weights, found NaN or infinity. "
+            f"{self._last_good()} {self._calmer()}"
+        )
+
+    def _samples(self, batch: int) -> list[int]:
+        """Which training samples, counted from 1, are in a batch of the current step: the order is drawn again."""
+        loader = self.get_train_dataloader()
+        accumulated = self.args.gradient_accumulation_steps
+        steps_in_epoch = max(1, -(-len(loader) // accumulated))
+        epoch, step = divmod(self.state.global_step, steps_in_epoch)
+        loader.set_epoch(epoch)
+        place = step * accumulated + batch
+        (rows,) = islice(loader.batch_sampler, place, place + 1)
+        numbers = self.train_dataset[ROW] if ROW in self.train_dataset.column_names else None
+        return [row + 1 if numbers is None else numbers[row] for row in rows]
+
+    def _not_finite(self, what: str, found: Any, samples: list[int]) -> str:
+        shown = ", ".join(map(str, sorted(samples)[:_SHOWN_SAMPLES]))
+        more = "" if len(samples) <= _SHOWN_SAMPLES else f" and {len(samples) - _SHOWN_SAMPLES} more"
+        return (
+            f"step {self.state.global_step + 1}: expected a finite {what}, found {float(found)}, on the training "
+            f"samples {shown}{more} (counted from 1). The adapter was not updated with it. {self._last_good()} "
+            f"{self._calmer()}"
+        )
+
+    def _calmer(self) -> str:
+        return (
+            f"Look at those samples, lower learning_rate (now {self.args.learning_rate:g}), add warmup_steps, or train "
+            "with bf16: false."
+        )
+
+    def _out_of_memory(self, error: BaseException) -> str:
+        samples, length = (*self._batch_shape, 0, 0)[:2]
+        wanted = {
+            "lower per_device_train_batch_size and raise gradient_accumulation_steps": samples > 1,
+            "set gradient_checkpointing: true": not self.recipe.gradient_checkpointing,
+            f"lower max_length (now {self.recipe.max_length})": True,
+        }
+        return (
+            f"step {self.state.global_step + 1}: out of memory on {self.args.device} with a batch of {samples} samples "
+            f"of {length} tokens ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            f"{self._last_good()} To fit: {'; '.join(advice for advice, helps in wanted.items() if helps)}."
+        )
+
+    def _last_good(self) -> str:
+        """The checkpoint to go back to, in words."""
+        checkpoint, _ = checkpoints.newest_valid(self.args.output_dir)
+        return "There is no checkpoint yet." if checkpoint is None else f"The last good checkpoint is {checkpoint}."
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run writes its own card once its results are known."""
@@ -117,7 +248,7 @@ def _announced(model: PreTrainedModel) -> Iterator[None]:
 
 def _check_unfinished(directory: Path, max_steps: int) -> None:
     done = json.loads((directory / "trainer_state.json").read_text())["global_step"]
-    if 0 < max_steps <= done:
+    if 0 < max_steps < done:
         raise CheckpointError(
             f"{directory}: holds step {done} of a run to step {max_steps}, so nothing is left to train; raise "
             f"max_steps, or take the adapter in it"
@@ -140,19 +271,19 @@ class ClassifierTrainer(AdapterTrainer):
         self.model_accepts_loss_kwargs = False
 
 
-def newest_checkpoint(output_dir: str | Path) -> str:
-    """The checkpoint directory with the highest step, for `resume_from_checkpoint: true`."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    if not found:
-        raise CheckpointError(
-            f"{output_dir}: expected a checkpoint-N directory to resume from, found none. "
-            "Drop resume_from_checkpoint to start anew, or name the directory."
-        )
-    return str(max(found, key=lambda path: int(path.name.removeprefix("checkpoint-"))))
+def _is_of_the_disk(error: Exception) -> bool:
+    """Python says it with OSError, torch's writer with RuntimeError, tokenizers with Exception itself."""
+    said_otherwise = type(error) in (RuntimeError, Exception) and not _is_out_of_memory(error)
+    return isinstance(error, OSError) or said_otherwise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an error of its own; the CPU's allocator says it in words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 # Fields that the trainer takes elsewhere or under another name.
-_OURS = ("resume_from_checkpoint", "gradient_checkpointing")
+_OURS = ("resume_from_checkpoint", "resume_anyway", "gradient_checkpointing", "save_total_limit")
 
 
 def sft_config(training: dict[str, Any], *, max_length: int | None, seed: int, has_eval: bool) -> SFTConfig:

@@ -1,0 +1,197 @@
+"""Checkpoint directories: there whole or not at all, and known to be whole when they are read.
+
+A checkpoint is written to ``.partial/checkpoint-N``, every file of it is flushed to disk, ``manifest.json`` with the
+size and SHA-256 of each comes last, and one rename makes it ``checkpoint-N``. Whatever stops the writer, at any moment,
+leaves the checkpoints before it as they were.
+
+There is one writer at a time (the caller holds the run's lock), so what lies in ``.partial`` was left by a dead one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import BrokenFile
+from rankwise.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+EARLIER = "earlier"
+_REMOVED = ".removed"
+_CHUNK = 2**20
+
+
+def name_of(step: int) -> str:
+    """``checkpoint-N``, as transformers names them."""
+    return f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of ``checkpoint-N``."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Every ``checkpoint-N`` directory of a run, sound or not, the newest first."""
+    found = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir()]
+    return sorted((path for path in found if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)[::-1]
+
+
+def begin(run_dir: str | Path, step: int) -> Path:
+    """An empty directory to fill, which :func:`publish` makes ``checkpoint-N``."""
+    partial = Path(run_dir) / PARTIAL / name_of(step)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path, facts: Mapping[str, Any]) -> Path:
+    """Flush what was filled in, write the manifest, rename into place.
+
+    Args:
+        facts: kept in the manifest: what decides whether a resume is exact.
+
+    Returns:
+        The checkpoint.
+    """
+    run_dir = partial.parent.parent
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    entries = {path.relative_to(partial).as_posix(): _flushed_entry(path) for path in files}
+    content = {"files": entries, "facts": dict(facts)}
+    write_json(partial / MANIFEST, content | {"sha256": _digest(content)})
+    for directory in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+        flush_directory(directory)
+    target = run_dir / partial.name
+    partial.rename(target)
+    partial.parent.rmdir()
+    flush_directory(run_dir)
+    return target
+
+
+def check_directory(checkpoint: str | Path) -> dict[str, Any]:
+    """Read every file of a checkpoint and compare it with the manifest.
+
+    Returns:
+        The facts that the manifest keeps.
+
+    Raises:
+        BrokenFile: a file is missing, has another size or other content, or there is no sound manifest.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise BrokenFile(f"{folder}: no such directory; expected a checkpoint of the run to resume")
+    if not (folder / MANIFEST).is_file():
+        raise BrokenFile(
+            f"{folder}: expected a {MANIFEST}, which is written last, found none: it was not written whole, or not by "
+            "this version. Resume from another checkpoint, or start anew from its adapter"
+        )
+    manifest = read_json(folder / MANIFEST)
+    if manifest.pop("sha256", None) != _digest(manifest) or manifest.keys() != {"files", "facts"}:
+        raise BrokenFile(f"{folder / MANIFEST}: expected the SHA-256 of its own content in it: it was changed")
+    for name, expected in manifest["files"].items():
+        _check_file(folder, name, expected)
+    facts: dict[str, Any] = manifest["facts"]
+    return facts
+
+
+def newest_valid(run_dir: str | Path) -> tuple[Path | None, list[BrokenFile]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one. Nothing is changed."""
+    broken: list[BrokenFile] = []
+    for checkpoint in checkpoints(run_dir):
+        try:
+            check_directory(checkpoint)
+        except BrokenFile as error:
+            broken.append(error)
+        else:
+            return checkpoint, broken
+    return None, broken
+
+
+def is_valid(checkpoint: Path) -> bool:
+    """Whether every file is as the manifest says."""
+    try:
+        check_directory(checkpoint)
+    except BrokenFile:
+        return False
+    return True
+
+
+def clear_leftovers(run_dir: str | Path) -> None:
+    """Remove what a dead writer left half-written or half-removed; call it holding the run's lock."""
+    for leftover in (Path(run_dir) / PARTIAL, Path(run_dir) / _REMOVED):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+def keep_newest(run_dir: str | Path, limit: int) -> None:
+    """Remove the older of the valid checkpoints until ``limit`` are left, at least one.
+
+    Broken ones are neither counted nor removed.
+    """
+    valid = (checkpoint for checkpoint in checkpoints(run_dir) if is_valid(checkpoint))
+    for checkpoint in list(valid)[max(limit, 1) :]:
+        removed = Path(run_dir) / _REMOVED
+        removed.mkdir(exist_ok=True)
+        # A rename first: a half-removed checkpoint must not stand among the whole ones.
+        checkpoint.rename(removed / checkpoint.name)
+        shutil.rmtree(removed)
+
+
+def set_aside(run_dir: str | Path, found: list[Path]) -> Path:
+    """Move checkpoints out of the way into a new ``earlier-N/``; nothing of them is lost. Returns where."""
+    folder = next(path for number in count(1) if not (path := Path(run_dir) / f"{EARLIER}-{number}").exists())
+    folder.mkdir()
+    for checkpoint in found:
+        checkpoint.rename(folder / checkpoint.name)
+    flush_directory(folder)
+    return folder
+
+
+def flush_directory(directory: Path) -> None:
+    """Bring the names in a directory to disk. Windows cannot, and has no need to."""
+    if os.name == "nt":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flushed_entry(path: Path) -> dict[str, Any]:
+    with path.open("rb+") as stream:  # Windows flushes only what is open for writing
+        os.fsync(stream.fileno())
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise BrokenFile(
+            f"{folder}: cannot resume exactly, {name} not found there. Resume from another checkpoint, or start anew "
+            "from its adapter"
+        )
+    size = path.stat().st_size
+    if size != expected["size"]:
+        raise BrokenFile(f"{path}: expected {expected['size']} bytes, found {size}: it was cut or overwritten")
+    found = _sha256(path)
+    if found != expected["sha256"]:
+        raise BrokenFile(f"{path}: expected SHA-256 {expected['sha256']}, found {found}: its content was changed")

@@ -1,0 +1,104 @@
+"""Drawings that take the page's colours, light or dark, as inline SVG."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+from xml.sax.saxutils import escape
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+# Colours that no drawing uses stand for the page's own, and are replaced by them in the SVG.
+INK, GRID = "#010203", "#040506"
+_SERIES = ("#0a0101", "#0a0102", "#0a0103", "#0a0104", "#0a0105", "#0a0106")
+_PAGE_COLOURS = {INK: "var(--ink)", GRID: "var(--grid)"} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
+}
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10.5,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def series(number: int) -> str:
+    """The colour of the n-th line, from 0."""
+    return _SERIES[number % len(_SERIES)]
+
+
+def svg(name: str, described: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+    """Draw on a figure of ``size`` inches and return it as an SVG element.
+
+    Args:
+        name: told apart from the page's other drawings by it.
+        described: what a reader who cannot see it is told.
+    """
+    with rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'font: ([\d.]+)px [^;"]*', r"font: \1px inherit; font-family: inherit", text)
+    for placeholder, colour in _PAGE_COLOURS.items():
+        text = text.replace(placeholder, colour)
+    label = escape(described, {'"': "&quot;"})
+    return re.sub(r"<svg [^>]*?viewBox", f'<svg role="img" aria-label="{label}" viewBox', text, count=1)
+
+
+def heatmap(
+    axes: Axes,
+    values: Any,
+    *,
+    rows: list[str],
+    columns: list[str],
+    limits: tuple[float, float],
+    format_: str = "{:.2g}",
+) -> Any:
+    """A grid of coloured cells; nan cells stay empty. Returns what a colour bar is made of."""
+    mesh = axes.pcolormesh(values, cmap="viridis", vmin=limits[0], vmax=limits[1], edgecolors="none", antialiased=False)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+    step = max(1, -(-len(columns) // 16))
+    axes.set_xticks([i + 0.5 for i in range(0, len(columns), step)], columns[::step])
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return mesh
+
+
+_LIGHT = {"ink": "#1d2126", "grid": "#d9d6d0"} | {
+    f"series-{number}": colour
+    for number, colour in enumerate(("#0b5c9a", "#c2510a", "#00795a", "#a5487f", "#8a6400", "#3d6f8e"), 1)
+}
+
+
+def standalone(drawing: str) -> str:
+    """An inline drawing as an SVG file of its own, in the page's light colours on white."""
+    for name, colour in _LIGHT.items():
+        drawing = drawing.replace(f"var(--{name})", colour)
+    drawing = drawing.replace("font-family: inherit", "font-family: sans-serif")
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return drawing.replace("<svg ", f'<svg {spaces} style="background: #fff" ', 1)

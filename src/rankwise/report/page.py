@@ -1,0 +1,164 @@
+"""The page: one HTML file with everything in it, and the same numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rankwise.analysis import Alignment
+from rankwise.files import write_file
+from rankwise.report import figures
+from rankwise.report.figures import History, Panel
+from rankwise.report.measure import INTRUDERS_AMONG, Similarity, SiteMeasures
+
+FORMAT_VERSION = 1
+# Step → optimizer → site → how the next step agrees with full fine-tuning's.
+Alignments = Mapping[int, Mapping[str, Mapping[str, Alignment]]]
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """What the page says of one adapter.
+
+    Attributes:
+        facts: label → text.
+        engines: (engine, whether it reads the adapter right, why).
+        files: name → SHA-256.
+        alignment: as it is now; empty where it was not measured.
+    """
+
+    name: str
+    facts: Mapping[str, str]
+    sites: Sequence[SiteMeasures]
+    engines: Sequence[tuple[str, str, str]] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    alignment: Mapping[str, Mapping[str, Alignment]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a page shows.
+
+    Attributes:
+        headline: label → the few figures at the top.
+        runs: name → what its trainer logged.
+        over_run: the alignment along the run; empty where it was not measured.
+        samples: (prompt, before, after, reference or "").
+        configuration: the recipe as YAML, or "".
+        notes: lines about how the figures were got.
+    """
+
+    title: str
+    adapters: Sequence[AdapterPart]
+    headline: Mapping[str, str] = field(default_factory=dict)
+    similarities: Sequence[Similarity] = ()
+    runs: Mapping[str, History] = field(default_factory=dict)
+    loss_unit: str = "nats per token"
+    over_run: Alignments = field(default_factory=dict)
+    samples: Sequence[tuple[str, str, str, str]] = ()
+    configuration: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def write_report(report: Report, html: Path) -> Path:
+    """Write the page, and its numbers beside it as ``.json``; returns the page's path."""
+    content = {"format_version": FORMAT_VERSION, **asdict(report)}
+    write_file(html.with_suffix(".json"), (json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(html, render(report).encode())
+    return html
+
+
+def render(report: Report) -> str:
+    """The page as HTML."""
+    run_panels = [figures.losses(report.runs, report.loss_unit)] if report.runs else []
+    if len(report.over_run) > 1:
+        run_panels.append(figures.alignment_over_run(report.over_run))
+    between = [
+        figures.similarity(f"similarity-{i}", each) for i, each in enumerate(report.similarities) if each.by_module
+    ]
+    return page(
+        report.title,
+        headline=report.headline,
+        sections=[
+            ("Training", run_panels),
+            *(
+                (_section_title(report, part), _adapter_panels(f"adapter-{i}", part))
+                for i, part in enumerate(report.adapters)
+            ),
+            ("Between adapters" if len(report.adapters) > 1 else "Start and end", between),
+        ],
+        samples=report.samples,
+        adapters=report.adapters,
+        configuration=report.configuration,
+        versions=report.versions,
+        notes=report.notes,
+    )
+
+
+def page(title: str, *, sections: Sequence[tuple[str, Sequence[Panel]]], **content: Any) -> str:
+    """Any panels as a page: the studies' too."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("rankwise.report", "."), undefined=jinja2.StrictUndefined, autoescape=True
+    )
+    shown = [(heading, panels) for heading, panels in sections if panels]
+    defaults: dict[str, Any] = {
+        "headline": {}, "samples": (), "adapters": (), "configuration": "", "versions": {}, "notes": ()
+    }  # fmt: skip
+    return environment.get_template("page.html.jinja").render(title=title, sections=shown, **{**defaults, **content})
+
+
+def _section_title(report: Report, part: AdapterPart) -> str:
+    return f"What changed: {part.name}" if len(report.adapters) > 1 else "What changed"
+
+
+def _adapter_panels(name: str, part: AdapterPart) -> list[Panel]:
+    sites = part.sites
+    against = [site for site in sites if site.against_base is not None]
+    panels = []
+    if against:
+        panels.append(
+            figures.layer_map(
+                f"{name}-size",
+                "Relative change ‖ΔW‖ / ‖W‖ (Frobenius norms)",
+                against,
+                lambda site: figures.against_base(site).relative_size,
+                "How far each weight moved.",
+            )
+        )
+    panels.append(
+        figures.layer_map(
+            f"{name}-rank",
+            "Effective rank of ΔW (directions)",
+            sites,
+            lambda site: site.effective_rank,
+            "How many directions each change really uses.",
+            limits=(0, max(site.rank for site in sites)),
+            shown="{:.1f}",
+        )
+    )
+    panels += [
+        figures.alignments(f"{name}-alignment-{optimizer}", optimizer, sites, found)
+        for optimizer, found in part.alignment.items()
+    ]
+    panels.append(figures.spectra(f"{name}-spectra", sites))
+    if against:
+        panels += [figures.amplification_table(against), figures.lost_table(against)]
+        if all(figures.against_base(site).intruders is not None for site in against):
+            panels.append(figures.intruders_table(against, INTRUDERS_AMONG))
+    return panels
+
+
+def finite(value: Any) -> Any:
+    """Plain data for JSON, which has no infinity: None in its place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value

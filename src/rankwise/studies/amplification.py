@@ -1,0 +1,24 @@
+"""How does ΔW compare to W? (Hu 2021, section 7.3, table 7.)"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rankwise.checkpoint.peft_format import read_adapter
+from rankwise.report.measure import SiteMeasures, measure
+from rankwise.studies.arms import Arm
+from rankwise.studies.runs import Runs
+from rankwise.train.recipe import Recipe
+
+
+def amplification_by_rank(
+    recipe: Recipe, arms: dict[str, Arm], base: nn.Module, runs: Runs
+) -> dict[str, list[SiteMeasures]]:
+    """Rank → every site of the ranks study's adapter of that rank, measured against the base."""
+    found = {}
+    for rank, arm in arms.items():
+        changes = {"rank": int(rank), "learning_rate": arm.learning_rate}
+        directory = runs.adapter(recipe.model_copy(update=changes)).adapter
+        assert directory is not None  # a run that trains an adapter has one
+        found[rank] = measure(read_adapter(directory), base, intruders=False)
+    return found

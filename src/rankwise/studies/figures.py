@@ -1,0 +1,116 @@
+"""A study's results → panels of its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import cycle
+from statistics import fmean, stdev
+
+from matplotlib.figure import Figure
+
+from rankwise.report.drawing import INK, series, svg
+from rankwise.report.figures import Panel, Table
+from rankwise.studies.arms import Arm
+from rankwise.studies.intrinsic_dimension import SHARE, IntrinsicDimension
+
+
+def beside_seed_means(arms: Mapping[str, Arm]) -> dict[str, list[float]]:
+    """Arm → its loss less the mean over all arms, seed by seed.
+
+    A seed decides the data order and which samples are held out, so that losses compare within a seed only.
+    """
+    seeds = list(next(iter(arms.values())).losses)
+    means = {seed: fmean(arm.losses[seed] for arm in arms.values()) for seed in seeds}
+    return {name: [arm.losses[seed] - means[seed] for seed in seeds] for name, arm in arms.items()}
+
+
+def arms_panel(name: str, title: str, arms: Mapping[str, Arm], unit: str) -> Panel:
+    """Every arm at its best rate, a mark a seed."""
+    gaps = beside_seed_means(arms)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+        for place, values in enumerate(gaps.values()):
+            axes.plot([place] * len(values), values, "o", color=series(0), alpha=0.6, markersize=6)
+            axes.plot([place - 0.22, place + 0.22], [fmean(values)] * 2, color=series(1), linewidth=2.5)
+        axes.set_xticks(range(len(gaps)), list(gaps))
+        axes.set(ylabel=f"held-out loss, less the\nseed's mean over arms ({unit})")
+        axes.grid(axis="y", linewidth=0.6)
+
+    best = min(gaps, key=lambda arm: fmean(gaps[arm]))
+    worst = max(gaps, key=lambda arm: fmean(gaps[arm]))
+    within = fmean(stdev(values) for values in gaps.values()) if len(next(iter(gaps.values()))) > 1 else 0.0
+    reading = (
+        f"Lower is better; a dot a seed, the bar their mean. Best: {best} ({fmean(gaps[best]):+.4f}), worst: {worst} "
+        f"({fmean(gaps[worst]):+.4f}); standard deviation over seeds of one arm: {within:.4f}."
+    )
+    rows = [
+        [
+            arm,
+            str(each.rank),
+            f"{each.parameters:,}",
+            f"{each.learning_rate:g}" + ("" if each.bracketed else " (at the edge)"),
+            f"{each.mean:.4f}",
+            f"{fmean(gaps[arm]):+.4f}",
+            " ".join(f"{gap:+.4f}" for gap in gaps[arm]),
+        ]
+        for arm, each in arms.items()
+    ]
+    head = ["arm", "rank", "parameters", "best rate", "loss, mean", "beside the seed's mean", "by seed"]
+    return Panel(title, reading, svg(name, title, (8, 3.4), draw), Table(head, rows))
+
+
+def rates_panel(name: str, arms: Mapping[str, Arm], unit: str) -> Panel:
+    """Held-out loss against the learning rate: how each arm's rate was found."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for number, ((arm, each), style) in enumerate(zip(arms.items(), cycle(("-", "--")), strict=False)):
+            rates, losses = list(each.tried), list(each.tried.values())
+            axes.plot(rates, losses, style, marker="o", markersize=4, color=series(number), label=arm)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({rate for each in arms.values() for rate in each.tried})
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        axes.set(xlabel="peak learning rate", ylabel=f"held-out loss ({unit})")
+        axes.grid(linewidth=0.6)
+        axes.legend(ncols=2)
+
+    edge = [arm for arm, each in arms.items() if not each.bracketed]
+    reading = "The first seed. " + (
+        f"Not bracketed from both sides: {', '.join(edge)}."
+        if edge
+        else "Every arm's best rate did better than the rates on both sides of it."
+    )
+    return Panel("How the learning rates were chosen", reading, svg(name, "Loss against learning rate", (8, 3.4), draw))
+
+
+def intrinsic_panel(found: IntrinsicDimension, unit: str) -> Panel:
+    """Best loss against the dimension of the random subspace."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for number, (kind, search) in enumerate(found.searches.items()):
+            losses = [tuned.loss for tuned in search.tried.values()]
+            axes.plot(list(search.tried), losses, marker="o", color=series(number), label=kind, linewidth=2)
+        levels = {"pretrained": found.pretrained, f"goal: {SHARE:.0%}": found.goal, "all weights": found.full.loss}
+        for label, loss in levels.items():
+            axes.axhline(loss, color=INK, linewidth=0.9, linestyle=":", alpha=0.7)
+            axes.annotate(label, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="dimension d of the subspace", ylabel=f"held-out loss ({unit})")
+        axes.grid(linewidth=0.6)
+        axes.legend(loc="lower left")
+
+    reached = ", ".join(
+        f"{kind} d₉₀ = {search.d90:,}" if search.d90 else f"{kind} above {max(search.tried):,}"
+        for kind, search in found.searches.items()
+    )
+    reading = f"{reached}, of {found.weights:,} weights; every dimension at its best learning rate."
+    rows = [
+        [kind, f"{dimension:,}", f"{tuned.rate:g}" + ("" if tuned.bracketed else " (at the edge)"), f"{tuned.loss:.4f}"]
+        for kind, search in found.searches.items()
+        for dimension, tuned in search.tried.items()
+    ]
+    table = Table(["projection", "dimension", "best rate", "held-out loss"], rows)
+    return Panel("Intrinsic dimension", reading, svg("intrinsic", "Loss against dimension", (8, 3.6), draw), table)

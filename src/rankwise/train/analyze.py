@@ -1,0 +1,126 @@
+"""`rankwise analyze`: saved adapters, their base and real batches → a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+import rankwise as rw
+from rankwise.adapter import Adapter
+from rankwise.analysis import every_first_step
+from rankwise.checkpoint.peft_format import read_adapter
+from rankwise.errors import RecipeError
+from rankwise.report.measure import measure, similarities
+from rankwise.report.page import Report
+from rankwise.train import run, start
+from rankwise.train.generation import before_and_after
+from rankwise.train.labels import read_labels
+from rankwise.train.merged import base_of, load_base
+from rankwise.train.recipe import parse
+from rankwise.train.report_parts import Measured, adapter_part, texts, versions
+
+
+def analyze(
+    directories: Sequence[Path],
+    base: str | None,
+    console: Console,
+    *,
+    batches: str | None = None,
+    batch_count: int = 8,
+    prompts: Sequence[str] = (),
+    without_base: bool = False,
+) -> Report:
+    """A report on saved adapters.
+
+    Args:
+        base: their base model; by default the one that each names.
+        batches: training data, from whose batches the alignment is measured.
+        batch_count: how many of them, of 4 samples of 128 tokens.
+        prompts: texts to continue without and with each adapter.
+        without_base: look at the factors only, and load no model.
+
+    Raises:
+        CheckpointError: a directory that is no sound adapter. RecipeError: two adapters of one name.
+    """
+    adapters = _read(directories)
+    parts, samples = [], []
+    for name, (directory, adapter) in adapters.items():
+        if without_base:
+            sites = measure(adapter, watch=_watch(name, console))
+            parts.append(adapter_part(name, directory, adapter, sites))
+            continue
+        model, tokenizer = load_base(directory, base)
+        sites = measure(adapter, model, watch=_watch(name, console))
+        alignment = {} if batches is None else _alignment(directory, base, batches, batch_count, console)
+        parts.append(adapter_part(name, directory, adapter, sites, alignment))
+        if prompts:
+            rw.load(model, directory)
+            samples += [before_and_after(model, tokenizer, prompt) for prompt in prompts]
+    title = " · ".join(adapters)
+    return Report(
+        title=title,
+        adapters=parts,
+        headline=_headline([adapter for _, adapter in adapters.values()]),
+        similarities=similarities({name: adapter for name, (_, adapter) in adapters.items()}),
+        samples=[texts(sample) for sample in samples],
+        versions=versions(),
+        notes=[_ABOUT_BATCHES.format(batches=batches, count=batch_count)] if batches else (),
+    )
+
+
+_ABOUT_BATCHES = (
+    "Agreement with full fine-tuning's step: from the mean gradient of {count} batches of {batches}, as if training "
+    "went on from the adapter's file."
+)
+
+
+def _read(directories: Sequence[Path]) -> dict[str, tuple[Path, Adapter]]:
+    """Name → adapter; a name is as much of the path's end as tells them apart."""
+    for parts in range(1, 1 + max(len(directory.resolve().parts) for directory in directories)):
+        names = ["/".join(directory.resolve().parts[-parts:]) for directory in directories]
+        if len(set(names)) == len(names):
+            return {name: (path, read_adapter(path)) for name, path in zip(names, directories, strict=True)}
+    raise RecipeError(f"analyze: expected different adapters, found {directories[0]} twice")
+
+
+def _alignment(directory: Path, base: str | None, data: str, count: int, console: Console) -> Measured:
+    task = "causal-lm" if read_labels(directory) is None else "classification"
+    recipe = parse(
+        {
+            "model": base or base_of(directory),
+            "data": data,
+            "task": task,
+            "max_train_samples": 4 * count,
+            "max_length": 128,
+            "per_device_train_batch_size": 4,
+            "init_batches": count,
+        }
+    )
+    prepared = run.check(run.load(recipe, console), console)
+    shown = list(prepared.batches)
+    prepared.trainer.release()
+    rw.load(prepared.model, directory, trainable=True)
+    with start.shown(shown, "Comparing with full fine-tuning's step", console) as watched:
+        return every_first_step(prepared.model, watched)
+
+
+def _watch(name: str, console: Console) -> Any:
+    return lambda sites: track(sites, description=f"Measuring {name}", console=console, transient=True)
+
+
+def _headline(adapters: Sequence[Adapter]) -> dict[str, str]:
+    if len(adapters) > 1:
+        return {"adapters": str(len(adapters))}
+    deltas = [site.delta for site in adapters[0].sites.values()]
+    numbers = sum(delta.A.numel() + delta.B.numel() for delta in deltas)
+    ranks = sorted({delta.rank for delta in deltas})
+    return {
+        "sites": str(len(deltas)),
+        "rank": str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}",
+        "parameters": f"{numbers:,}",
+        "base model": Path(adapters[0].base_model or "not named").name,
+    }

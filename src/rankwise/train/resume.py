@@ -1,0 +1,82 @@
+"""Going on with a run: from which checkpoint, and whether that is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from rankwise.checkpoint import directory as checkpoints
+from rankwise.errors import CheckpointError, SpecMismatch
+from rankwise.files import read_json
+from rankwise.train import exact_resume
+from rankwise.train.recipe import Recipe
+
+
+def choose(recipe: Recipe, console: Console) -> Path | None:
+    """The checkpoint that a recipe resumes from, if any: the newest valid one, or the one that it names.
+
+    Newer ones that are broken are named on the console, and none is ever deleted.
+
+    Raises:
+        CheckpointError: there is none. BrokenFile: the named one is broken.
+    """
+    choice = recipe.resume_from_checkpoint
+    if not choice:
+        return None
+    if isinstance(choice, str):
+        checkpoints.check_directory(choice)
+        return Path(choice)
+    newest, broken = checkpoints.newest_valid(recipe.output_dir)
+    for error in broken:
+        console.print(f"[yellow]Passed over a broken checkpoint: {escape(str(error))}")
+    if newest is None:
+        found = f"found {len(broken)}, all broken: {broken[0]}" if broken else "found none"
+        earlier = sorted(path.name for path in Path(recipe.output_dir).glob(f"{checkpoints.EARLIER}-*/"))
+        moved = f" Those of earlier runs are in {', '.join(earlier)}." if earlier else ""
+        raise CheckpointError(
+            f"{recipe.output_dir}: expected a checkpoint-N directory to resume from, {found}. "
+            f"Drop resume_from_checkpoint to start anew, or name the directory.{moved}"
+        )
+    return newest
+
+
+def check_exact(checkpoint: Path, now: Mapping[str, Any], console: Console, *, anyway: bool) -> None:
+    """Compare what the checkpoint was written under with what it would go on under.
+
+    Raises:
+        SpecMismatch: they differ, and ``anyway`` is not set.
+    """
+    found = exact_resume.differences(checkpoints.check_directory(checkpoint), now)
+    if not found:
+        return
+    listed = "".join(f"\n  {line}" for line in found)
+    if not anyway:
+        raise SpecMismatch(
+            f"{checkpoint}: the run would not go on exactly as it was:{listed}\nSet these back, or resume with "
+            "resume_anyway: true (--resume-anyway) if the change is meant."
+        )
+    console.print(f"[yellow]{checkpoint}: resuming, although not exactly:{escape(listed)}")
+
+
+def steps_done(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after, whatever its directory is called by now."""
+    return int(read_json(checkpoint / "trainer_state.json")["global_step"])
+
+
+def tidy(run_dir: str | Path, resumed: Path | None, console: Console) -> None:
+    """Ready a run's directory to be written to; call it holding the run's lock.
+
+    What a killed writer left half-written goes. Checkpoints after the step that the run starts at belong to another
+    course of it and would be mistaken for its newest: they are moved into a folder of their own.
+    """
+    checkpoints.clear_leftovers(run_dir)
+    start = 0 if resumed is None else steps_done(resumed)
+    later = [checkpoint for checkpoint in checkpoints.checkpoints(run_dir) if checkpoints.step_of(checkpoint) > start]
+    if later:
+        folder = checkpoints.set_aside(Path(run_dir), later)
+        names = ", ".join(checkpoint.name for checkpoint in reversed(later))
+        console.print(f"[yellow]{run_dir}: the run starts at step {start}; {names} moved to {folder.name}/")

@@ -1,0 +1,65 @@
+"""The page at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+import rankwise as rw
+from rankwise.adapter import Adapter
+from rankwise.checkpoint.peft_format import read_adapter
+from rankwise.report.figures import History
+from rankwise.report.measure import measure, similarities
+from rankwise.report.page import Alignments, Report
+from rankwise.train.generation import Sample
+from rankwise.train.recipe import Recipe
+from rankwise.train.report_parts import adapter_part, texts, versions
+
+
+def run_report(
+    title: str,
+    *,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    first: Adapter,
+    directory: Path,
+    history: History,
+    loss_unit: str,
+    metrics: dict[str, Any],
+    sample: Sample | None,
+    over_run: Alignments,
+) -> Report:
+    """What a run that has just ended did.
+
+    Args:
+        first: the adapter before its first step.
+        directory: where it now lies.
+        over_run: the alignment as it was measured along the run.
+    """
+    last = read_adapter(directory)
+    with rw.disabled(model):
+        sites = measure(last, model, intruders=False)  # those take most of the time; `rankwise analyze` counts them
+    return Report(
+        title=title,
+        adapters=[adapter_part("adapter", directory, last, sites, over_run.get(min(over_run, default=0)))],
+        headline=_headline(recipe, metrics),
+        similarities=similarities({"the start": first, "the end": last}),
+        runs={"run": history},
+        loss_unit=loss_unit,
+        over_run=over_run,
+        samples=[] if sample is None else [texts(sample)],
+        configuration=yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False).strip(),
+        versions=versions(),
+    )
+
+
+def _headline(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, str]:
+    found = {"trained parameters": f"{metrics['trainable_parameters']:,}", "steps": str(metrics["steps"])}
+    if metrics["eval_loss_before"] is not None:
+        found["held-out loss"] = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
+    if "accuracy_after" in metrics:
+        found["held-out accuracy"] = f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}"
+    return found | {"learning rate": f"{recipe.learning_rate:g}", "seed": str(recipe.seed)}
