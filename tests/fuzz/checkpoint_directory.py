@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import peft
 import torch
-from torch import nn
 from zoo import perturb, zoo_and_inputs
 
 import rankwise as rw
+from rankwise.files import write_json, write_tensors
 
 NAMES = ("adapter_config.json", "adapter_model.safetensors", "rankwise.json")
 _BETWEEN = b"\n--\xff--\n"  # UTF-8 has no such byte, so JSON has none either; what follows the second is one file
@@ -46,7 +45,13 @@ def sound_directories(folder: Path) -> list[Path]:
         perturb(zoo, 0.1)
         rw.save(zoo, folder / name)
         made.append(folder / name)
-    torch.manual_seed(0)
-    config = peft.AdaLoraConfig(init_r=2, target_r=1, total_step=10, tinit=1, tfinal=1, target_modules=["0"])
-    peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).save_pretrained(folder / "adalora")
+    _write_adalora(folder / "adalora")
     return [*made, folder / "adalora"]
+
+
+def _write_adalora(folder: Path) -> None:
+    """As PEFT writes it, without waiting for PEFT to be imported."""
+    parts = {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(4, 2), "lora_E": torch.ones(2, 1)}
+    write_tensors(folder / NAMES[1], {f"base_model.model.0.{name}": part for name, part in parts.items()}, {})
+    config = {"peft_type": "ADALORA", "init_r": 2, "target_r": 1, "lora_alpha": 8, "target_modules": ["0"]}
+    write_json(folder / NAMES[0], {**config, "rank_pattern": {"0.lora_E": [True, True]}})

@@ -16,7 +16,7 @@ SECONDS = 8
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris has wheels for Linux on x86_64 only")
 def test_nothing_but_the_error_tree_comes_out_of_the_reader(tmp_path: Path):
     # -seed: the same inputs each time, as far as the machine's speed lets it get.
-    command = [sys.executable, str(PROGRAM), "corpus", f"-max_total_time={SECONDS}", "-seed=6", "-verbosity=0"]
+    command = [sys.executable, str(PROGRAM), "corpus", f"-max_total_time={SECONDS}", "-seed=6"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
