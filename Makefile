@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make soak   kill training runs 500 times, and at every operation on the disk; benchmarks/results/kills.json
 # make check  formatter, linter, strict types, import contract
+# make fuzz   coverage-guided fuzzing of the checkpoint reader, FUZZ_SECONDS=600
 # Each sets up .venv first; the stamp file makes that instant from the second time on.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -11,12 +12,13 @@ STAMP  := $(VENV)/.rankwise-setup
 # One test process per core, each with one torch thread (tests/conftest.py).
 WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 600
 
 # Nothing here needs a model hub: the model and the data come as pinned packages.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak check format clean
+.PHONY: help setup demo test soak check fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -47,6 +49,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_import_contract.py
+
+# The corpus stays, so that a second run goes on where the first one ended. Findings are written to build/fuzz.
+fuzz: setup
+	mkdir -p build/fuzz
+	cd build/fuzz && $(abspath $(BIN))/python $(CURDIR)/tests/fuzz/fuzz_checkpoint.py corpus -max_total_time=$(FUZZ_SECONDS)
 
 format: setup
 	$(BIN)/ruff format .

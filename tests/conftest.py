@@ -18,6 +18,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+collect_ignore = ["fuzz/fuzz_checkpoint.py"]  # a program; tests/unit/test_fuzz.py runs it
+
 # Times vary on a shared machine; an example that fails must fail again.
 settings.register_profile(
     "rankwise", deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow]

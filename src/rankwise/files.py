@@ -151,10 +151,7 @@ def each_tensor(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]
                     )
                 yield name, tensor
     except (SafetensorError, OSError, ValueError) as error:
-        raise BrokenFile(
-            f"{path} ({path.stat().st_size} bytes): not a whole safetensors file ({error}); "
-            f"it may be truncated, a Git LFS pointer or a renamed pickle: fetch it again"
-        ) from None
+        raise BrokenFile(f"{path}: not a whole safetensors file ({error}): fetch it again") from None
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -164,6 +164,33 @@ def test_chats_are_trained_on_the_answers_only(make, tmp_path):
     assert prepared.tokenizer.decode(labels[labels != -100]) == "hi<eos>"
 
 
+@pytest.mark.parametrize("form", ["chat", "pair"])
+def test_the_end_is_trained_where_padding_is_the_same_token(make, tmp_path, tiny, form):
+    """pad = eos: a collator that masked labels by their token would teach the model never to stop."""
+    from transformers import AutoTokenizer
+
+    model = tmp_path / "padded-with-eos"
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(model)
+    path = tmp_path / "chats.jsonl"
+    answers = ["hi", "a longer answer, so that the other one is padded"]
+    rows = [
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]}
+        if form == "chat"
+        else {"prompt": "hello ", "completion": answer}
+        for answer in answers * 10
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = run.prepare(run.load(make(model=str(model), data=str(path)), SILENT), SILENT)
+    assert prepared.tokenizer.pad_token_id == prepared.tokenizer.eos_token_id
+    trained = [
+        prepared.tokenizer.decode(labels[labels != -100]) for batch in prepared.batches for labels in batch["labels"]
+    ]
+    assert set(trained) == {f"{answer}<eos>" for answer in answers}
+
+
 def test_chats_without_marks_in_the_template_are_refused(make, tmp_path, tiny):
     from transformers import AutoTokenizer
 

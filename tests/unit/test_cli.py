@@ -18,7 +18,7 @@ WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
 def test_help_lists_the_commands():
     result = run.invoke(app, ["--help"], env=WIDE)
     assert result.exit_code == 0
-    for command in ("train", "demo", "plan", "merge", "generate", "methods"):
+    for command in ("train", "demo", "plan", "merge", "inspect", "generate", "methods"):
         assert f" {command} " in result.output
 
 

@@ -23,6 +23,16 @@ def test_tables_in_the_documents_are_those_of_the_results() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_every_fault_has_its_tests_and_the_table_is_up_to_date() -> None:
+    script = ROOT / "scripts" / "reliability.py"
+    run = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = re.findall(
+        r"^\| (\d+) \| .* \| .+ \| \[.*\) \|$", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE
+    )
+    assert rows == [str(number) for number in range(1, 26)]
+
+
 def test_every_method_has_its_section() -> None:
     from rankwise.inits import INITS
     from rankwise.scaling import SCALINGS

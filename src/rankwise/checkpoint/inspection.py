@@ -126,9 +126,9 @@ def inspect(directory: str | Path) -> Inspection:
     spec = None
     whole: list[str] = []
     sites: list[SiteFacts] = []
-    if config.get("peft_type") == BOTTLENECK:
+    if config.get("peft_type") == BOTTLENECK and header is not None:
         sites = list(_bottlenecks(folder, entries, problems))
-    elif config:
+    elif config and config.get("peft_type") != BOTTLENECK:
         spec = problems.catch(lambda: _spec(folder / CONFIG, config))
     if spec is not None and header is not None:
         whole = keys_under(spec.modules_to_save, entries)
