@@ -22,8 +22,7 @@ from fuzz.checkpoint_directory import packed, sound_directories, unpack
 
 from rankwise.errors import RankwiseError
 
-_MEMORY = Path("/dev/shm")
-_folder = Path(tempfile.mkdtemp(prefix="rankwise-fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None))
+_folder = Path(tempfile.mkdtemp(prefix="rankwise-fuzz-"))  # under $TMPDIR; libFuzzer ends without cleaning up
 
 
 def read(content: bytes) -> None:
