@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankwise.errors import BrokenFile
 from rankwise.layers import is_quantised, kind_of
 from rankwise.lowrank import LowRank
+from rankwise.shapes import Int
 from rankwise.spec import LoRA
 from rankwise.variants import FoldableLayer
 
@@ -127,8 +128,16 @@ def probe(layer: Any) -> tuple[float, ...]:
     kind = kind_of(layer)
     assert kind is not None
     flat = kind.weight(layer).flatten() if is_quantised(layer) else layer.weight.detach().flatten()
-    index = torch.linspace(0, flat.numel() - 1, PROBED, device=flat.device).long()
-    return tuple(float(value) for value in flat[index])
+    return tuple(float(value) for value in flat[evenly_spaced(PROBED, flat.numel()).to(flat.device)])
+
+
+def evenly_spaced(count: int, numel: int) -> Int[Tensor, " count"]:
+    """Places from the first to the last of ``numel`` numbers. In integers: fp32 counts to 2²⁴ only.
+
+    >>> evenly_spaced(3, 2**25 + 1)
+    tensor([       0, 16777216, 33554432])
+    """
+    return torch.arange(count) * (numel - 1) // (count - 1)
 
 
 def read_probes(where: Path, content: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:

@@ -459,3 +459,11 @@ def test_attaching_uses_no_global_randomness():
         state = torch.get_rng_state()
         rw.attach(zoo, rw.LoRA(rank=2, init=init, target_modules=["linear", "conv2d"]), batches=[inputs])
         assert torch.equal(torch.get_rng_state(), state), init
+
+
+def test_a_weight_beyond_what_fp32_can_count_is_saved(tmp_path):
+    """2²⁴ numbers and more, as every layer of a 7 B model has."""
+    wide = torch.nn.Sequential(torch.nn.Linear(1, 2**24 + 3, bias=False, dtype=torch.bfloat16))
+    rw.attach(wide, rw.LoRA(rank=1))
+    rw.save(wide, tmp_path)
+    rw.load(rw.detach(wide), tmp_path)

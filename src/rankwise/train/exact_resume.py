@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from rankwise.adapter import evenly_spaced
 from rankwise.train.recipe import Recipe
 
 # Fields that do not change the steps that are taken. Where the data come from is among them, as it is the tokens that
@@ -66,7 +67,7 @@ def base_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         weight = parameter.data
         if type(weight) is Tensor and weight.numel():  # a quantised kind of its own may not be taken apart
-            places = torch.linspace(0, weight.numel() - 1, _SAMPLED, device=weight.device).long()
+            places = evenly_spaced(_SAMPLED, weight.numel()).to(weight.device)
             digest.update(weight.flatten()[places].cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
