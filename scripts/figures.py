@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rankwise.inits import INITS
@@ -166,6 +167,91 @@ def dora() -> str:
     )
 
 
+def arms(name: str) -> str:
+    found = result(f"study_{name}")["arms"]
+    seeds = list(next(iter(found.values()))["losses"])
+    means = {seed: fmean(arm["losses"][seed] for arm in found.values()) for seed in seeds}
+    rows = []
+    for arm, each in found.items():
+        gaps = [each["losses"][seed] - means[seed] for seed in seeds]
+        rate = f"{each['learning_rate']:g}" + ("" if each["bracketed"] else " (at the edge)")
+        rows.append(
+            [
+                arm,
+                str(each["rank"]),
+                f"{each['parameters']:,}",
+                rate,
+                f"{fmean(gaps):+.4f}",
+                *map("{:+.4f}".format, gaps),
+            ]
+        )
+    head = ["arm", "rank", "parameters", "best rate", "beside the seed's mean", *(f"seed {seed}" for seed in seeds)]
+    losses = ", ".join(f"seed {seed}: {mean:.4f}" for seed, mean in means.items())
+    return f"Held-out loss less the mean over all arms of the same seed ({losses}):\n\n" + table(head, rows)
+
+
+def similarity(name: str) -> str:
+    found = result("study_subspace")[name]
+    rows = [
+        [
+            f"`{module}`",
+            f"{phi[0][0]:.2f}",
+            f"{phi[-1][0]:.2f}",
+            f"{phi[-1][-1]:.2f}",
+            f"{found['by_chance'][module]:.2f}",
+        ]
+        for module, phi in found["by_module"].items()
+    ]
+    head = ["module", "φ(1, 1)", "φ(all, 1)", "φ(all, all)", "by chance, φ(all, all)"]
+    return f"{found['first']} and {found['second']}:\n\n" + table(head, rows)
+
+
+def amplification() -> str:
+    rows = []
+    for rank, modules in result("study_amplification")["by_rank"].items():
+        for module, layers in modules.items():
+            means = {key: fmean(layer[key] for layer in layers) for key in layers[0] if key != "rank"}
+            numbers = [f"{means[key]:.3g}" for key in ("change", "along_change", "along_weight", "along_random")]
+            rows.append([rank, f"`{module}`", *numbers, f"{means['factor']:.2f}"])
+    head = ["rank", "module", "‖ΔW‖", "‖UᵀWV‖ along ΔW", "along W's own", "along random", "amplification"]
+    return "Means over 30 layers:\n\n" + table(head, rows)
+
+
+def intrinsic() -> str:
+    found = result("study_intrinsic_dimension")
+    rows = [
+        [
+            kind,
+            f"{int(dimension):,}",
+            f"{tuned['rate']:g}" + ("" if tuned["bracketed"] else " (at the edge)"),
+            f"{tuned['loss']:.4f}",
+        ]
+        for kind, search in found["searches"].items()
+        for dimension, tuned in search["tried"].items()
+    ]
+    reached = "; ".join(
+        f"{kind}: d₉₀ = {search['d90']:,}" if search["d90"] else f"{kind}: d₉₀ above all that were tried"
+        for kind, search in found["searches"].items()
+    )
+    return (
+        f"{reached}. Held-out loss before {found['pretrained']:.4f}, after training all {found['weights']:,} weights "
+        f"of the linear layers {found['full']['loss']:.4f} (rate {found['full']['rate']:g}), so the goal is "
+        f"{found['goal']:.4f}:\n\n" + table(["projection", "dimension", "best rate", "held-out loss"], rows)
+    )
+
+
+def analyze() -> str:
+    found = result("analyze")
+    rows = [[name, f"{value:.0f} s"] for name, value in found.items() if isinstance(value, float)]
+    memory = [[name, f"{value:.2f}"] for name, value in found["peak memory, in dense fp32 layers"].items()]
+    return (
+        f"{found['machine']['threads']} threads:\n\n"
+        + table(["", "time"], rows)
+        + "\n\n"
+        + table(["one layer", "peak memory above the base, in dense fp32 layers"], memory)
+    )
+
+
 def classification() -> str:
     found = result("classification")
     rows = [
@@ -185,6 +271,15 @@ def measured() -> str:
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": methods, "measured": measured},
     "docs/examples.md": {"classification": classification},
+    "docs/studies.md": {
+        "weight-types": lambda: arms("weight_types"),
+        "ranks": lambda: arms("ranks"),
+        "subspace-ranks": lambda: similarity("ranks"),
+        "subspace-seeds": lambda: similarity("seeds"),
+        "amplification": amplification,
+        "intrinsic": intrinsic,
+        "analyze": analyze,
+    },
     "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora},
 }
 

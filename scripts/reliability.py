@@ -6,6 +6,7 @@ python scripts/reliability.py --check    # exit 1 if it is out of date, or names
 
 import argparse
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -81,6 +82,7 @@ FAULTS: tuple[Fault, ...] = (
         "The run stops before the weights are touched, and says at which step and samples; a layer is named.",
         (f"{_RESUME}::test_nan_stops_with_the_step_the_samples_and_the_last_good_checkpoint",
          f"{_RESUME}::test_a_gradient_that_is_not_finite_never_reaches_the_weights",
+         "end_to_end/test_check.py::test_a_base_that_is_not_finite_stops_before_any_step",
          "unit/test_gradients.py::test_a_loss_that_is_not_finite",
          "unit/test_gradients.py::test_a_gradient_that_is_not_finite_though_the_loss_is",
          "unit/test_adapters.py::test_a_layer_without_gradient_or_with_a_bad_one_leaves_the_model_as_it_was"),
@@ -98,8 +100,11 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "pad = eos, the end of a turn never trained",
-        "Labels are masked by what is padding, not by what it is padded with: the end of an answer is trained.",
-        (f"{_TINY}::test_the_end_is_trained_where_padding_is_the_same_token",),
+        "Labels are masked by what is padding, not by what it is padded with: the end of an answer is trained. Where no "
+        "answer trains one, `DataError` before the first step.",
+        (f"{_TINY}::test_the_end_is_trained_where_padding_is_the_same_token",
+         "end_to_end/test_check.py::test_answers_that_never_end_are_refused",
+         "end_to_end/test_check.py::test_padding_that_hides_the_end_is_refused"),
     ),
     Fault(
         "Malformed, empty or mixed JSONL",
@@ -218,8 +223,31 @@ def document() -> str:
         f"| {number} | {fault.fault} | {fault.outcome or '(open)'} | {_links(fault.tests)} |"
         for number, fault in enumerate(FAULTS, 1)
     ]
+    measured = _measured()
     head = ["| | fault | what happens | tests that cause it |", "| --- | --- | --- | --- |"]
-    return "\n".join([_INTRODUCTION, *head, *rows, ""])
+    return "\n".join([_INTRODUCTION, *head, *rows, "", "## Measured", "", *measured, ""])
+
+
+def _measured() -> list[str]:
+    """The figures of the last long runs."""
+    kills, fuzz = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in ("kills", "fuzz")
+    )
+    random, every = kills["at random"], kills["at every operation on the disk while a checkpoint is saved"]
+    faults = sum(every["faults"].values())
+    return [
+        f"- `make soak`: {random['kills']} runs killed at random times, "
+        f"{random['kills while a checkpoint was being written']} of them while a checkpoint was being written; "
+        f"{random['checkpoints compared bit for bit']:,} checkpoints compared bit for bit; lost: "
+        f"{random['checkpoints lost']} checkpoints, {random['bytes lost']} bytes. "
+        f"{random['runs resumed to their end, bit for bit']} went on to their end, bit for bit that of a run without "
+        "kills.",
+        f"- {faults} faults at every single write, fsync and rename of a save: the process killed before it or half "
+        "way through it, or the disk full. Lost: nothing.",
+        f"- `python benchmarks/fuzz.py`: {fuzz['inputs tried']:,} inputs in {fuzz['seconds']} s, of which "
+        f"{fuzz['inputs that reach new code']} reached code that none before had; "
+        f"{fuzz['inputs that end in anything but a named error']} ended in anything but an adapter or a named error.",
+    ]
 
 
 def _links(tests: tuple[str, ...]) -> str:

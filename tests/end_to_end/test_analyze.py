@@ -76,11 +76,13 @@ def test_several_adapters_from_the_command_line(make, tmp_path):
         str(run.train(make(seed=seed, output_dir=str(tmp_path / f"run{seed}")), SILENT).adapter) for seed in (0, 1)
     ]
     out = tmp_path / "page.html"
-    done = CliRunner().invoke(app, ["analyze", *adapters, "--out", str(out), "--prompt", "say 3: "])
+    done = CliRunner().invoke(app, ["analyze", *adapters, "--out", str(out), "--prompt", "say 3: ", "--intruders"])
     assert done.exit_code == 0, done.output
     content = json.loads(out.with_suffix(".json").read_text())
     assert [part["name"] for part in content["adapters"]] == ["run0/adapter", "run1/adapter"]
     assert len(content["similarities"]) == 1
+    assert content["runs"].keys() == {"run0/adapter", "run1/adapter"}
+    assert any("eval_loss" in row for row in content["runs"]["run0/adapter"])
     assert len(content["samples"]) == 2
     assert content["adapters"][0]["sites"][0]["against_base"]["intruders"] is not None
     assert len(content["adapters"][0]["files"]["adapter_model.safetensors"]) == 64

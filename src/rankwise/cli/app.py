@@ -216,6 +216,9 @@ def analyze(
     ] = None,
     batch_count: Annotated[int, typer.Option(min=1, help="Batches of it: 4 samples of 128 tokens each.")] = 8,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue with and without each adapter.")] = None,
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="Count intruder dimensions: an eigendecomposition of every weight.")
+    ] = False,
     without_base: Annotated[
         bool, typer.Option("--without-base", help="Load no model: only what the factors alone say.")
     ] = False,
@@ -232,6 +235,7 @@ def analyze(
         batches=batches,
         batch_count=batch_count,
         prompts=prompt or (),
+        intruders=intruders,
         without_base=without_base,
     )
     page = write_report(report, out)

@@ -94,16 +94,17 @@ Watch = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 def measure(
-    adapter: Adapter, base: nn.Module | None = None, *, intruders: bool = True, watch: Watch = iter
+    adapter: Adapter, base: nn.Module | None = None, *, intruders: bool = False, watch: Watch = iter
 ) -> list[SiteMeasures]:
     """Every site of an adapter.
 
-    Without a base no more than the factors is needed, so that any size of model can be looked at. With it one dense
-    layer is worked on at a time.
+    Without a base no more than the factors is needed, so that any size of model can be looked at. With it one layer is
+    worked on at a time, in pieces.
 
     Args:
         base: the model that the adapter was made for, without it.
-        intruders: count intruder dimensions: an eigendecomposition a layer, most of the time where layers are large.
+        intruders: count intruder dimensions: an eigendecomposition a layer, whose four copies of the smaller side
+            squared are the most memory, and most of the time, that anything here takes.
         watch: shows progress over the sites.
 
     Raises:

@@ -20,5 +20,5 @@ def amplification_by_rank(
         changes = {"rank": int(rank), "learning_rate": arm.learning_rate}
         directory = runs.adapter(recipe.model_copy(update=changes)).adapter
         assert directory is not None  # a run that trains an adapter has one
-        found[rank] = measure(read_adapter(directory), base, intruders=False)
+        found[rank] = measure(read_adapter(directory), base)
     return found

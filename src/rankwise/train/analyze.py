@@ -14,6 +14,7 @@ from rankwise.adapter import Adapter
 from rankwise.analysis import every_first_step
 from rankwise.checkpoint.peft_format import read_adapter
 from rankwise.errors import RecipeError
+from rankwise.files import read_json
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Report
 from rankwise.train import run, start
@@ -32,6 +33,7 @@ def analyze(
     batches: str | None = None,
     batch_count: int = 8,
     prompts: Sequence[str] = (),
+    intruders: bool = False,
     without_base: bool = False,
 ) -> Report:
     """A report on saved adapters.
@@ -41,6 +43,7 @@ def analyze(
         batches: training data, from whose batches the alignment is measured.
         batch_count: how many of them, of 4 samples of 128 tokens.
         prompts: texts to continue without and with each adapter.
+        intruders: count intruder dimensions too: an eigendecomposition of every weight.
         without_base: look at the factors only, and load no model.
 
     Raises:
@@ -54,7 +57,7 @@ def analyze(
             parts.append(adapter_part(name, directory, adapter, sites))
             continue
         model, tokenizer = load_base(directory, base)
-        sites = measure(adapter, model, watch=_watch(name, console))
+        sites = measure(adapter, model, intruders=intruders, watch=_watch(name, console))
         alignment = {} if batches is None else _alignment(directory, base, batches, batch_count, console)
         parts.append(adapter_part(name, directory, adapter, sites, alignment))
         if prompts:
@@ -67,6 +70,7 @@ def analyze(
         headline=_headline([adapter for _, adapter in adapters.values()]),
         similarities=similarities({name: adapter for name, (_, adapter) in adapters.items()}),
         samples=[texts(sample) for sample in samples],
+        runs={name: logged for name, (directory, _) in adapters.items() if (logged := _logged(directory))},
         versions=versions(),
         notes=[_ABOUT_BATCHES.format(batches=batches, count=batch_count)] if batches else (),
     )
@@ -85,6 +89,16 @@ def _read(directories: Sequence[Path]) -> dict[str, tuple[Path, Adapter]]:
         if len(set(names)) == len(names):
             return {name: (path, read_adapter(path)) for name, path in zip(names, directories, strict=True)}
     raise RecipeError(f"analyze: expected different adapters, found {directories[0]} twice")
+
+
+def _logged(directory: Path) -> list[dict[str, Any]]:
+    """What the run that the adapter comes from logged, where its report lies beside it."""
+    path = directory.parent / "report.json"
+    if not path.is_file():
+        return []
+    runs = read_json(path).get("runs")
+    rows: list[Any] = next(iter(runs.values()), []) if isinstance(runs, dict) else []
+    return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
 def _alignment(directory: Path, base: str | None, data: str, count: int, console: Console) -> Measured:

@@ -79,7 +79,7 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(_comparison(outcomes))
     if best.sample is not None:
         console.print(Panel(sample_table(best.sample), title="A verse from a book it never saw (LoRA-GA)"))
-    console.print(_files(best.adapter, merged, curve))
+    console.print(_files(best.adapter, merged, curve, best.page))
 
 
 def _run(method: str, out: Path, console: Console) -> Outcome:
@@ -111,10 +111,11 @@ _CAPTION = (
 )
 
 
-def _files(adapter: Path, merged: Path, curve: Path) -> Table:
+def _files(adapter: Path, merged: Path, curve: Path, page: Path) -> Table:
     table = Table(title="Where it lies", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("adapter (LoRA-GA)", str(adapter))
     table.add_row("merged model", str(merged))
     table.add_row("loss curves", str(curve))
+    table.add_row("report (LoRA-GA)", f"{page} (opens in a browser)")
     table.add_row("try it", f'rankwise generate {adapter} --prompt "..."')
     return table

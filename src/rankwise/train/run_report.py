@@ -41,7 +41,7 @@ def run_report(
     """
     last = read_adapter(directory)
     with rw.disabled(model):
-        sites = measure(last, model, intruders=False)  # those take most of the time; `rankwise analyze` counts them
+        sites = measure(last, model)
     return Report(
         title=title,
         adapters=[adapter_part("adapter", directory, last, sites, over_run.get(min(over_run, default=0)))],
