@@ -32,7 +32,7 @@ from rankwise.train.recipe import Recipe
 from rankwise.train.show import advice_table, advice_text, plan_table
 from rankwise.train.stop_signal import StopOnSigterm
 from rankwise.train.task import Loaded, Task
-from rankwise.train.trainer import AdapterTrainer
+from rankwise.train.trainer import RESULTS, AdapterTrainer
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
@@ -175,7 +175,7 @@ def _written(prepared: Prepared) -> Result:
         save_model_card(
             result.adapter, title=title_of(recipe), recipe=recipe, metrics=metrics, curve=result.curve, sample=sample
         )
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        (out / RESULTS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return result
 
 
