@@ -100,8 +100,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "pad = eos, the end of a turn never trained",
-        "Labels are masked by what is padding, not by what it is padded with: the end of an answer is trained. Where no "
-        "answer trains one, `DataError` before the first step.",
+        "Labels are masked by what is padding, not by what it is padded with: the end of an answer is trained. "
+        "Where no answer trains one, `DataError` before the first step.",
         (f"{_TINY}::test_the_end_is_trained_where_padding_is_the_same_token",
          "end_to_end/test_check.py::test_answers_that_never_end_are_refused",
          "end_to_end/test_check.py::test_padding_that_hides_the_end_is_refused"),

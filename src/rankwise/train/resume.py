@@ -28,6 +28,8 @@ def choose(recipe: Recipe, console: Console) -> Path | None:
     if not choice:
         return None
     if isinstance(choice, str):
+        if not Path(choice).is_dir():
+            raise CheckpointError(f"{choice}: no such directory; expected a checkpoint of the run to resume")
         checkpoints.check_directory(choice)
         return Path(choice)
     newest, broken = checkpoints.newest_valid(recipe.output_dir)

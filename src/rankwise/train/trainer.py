@@ -6,7 +6,7 @@ Checkpoints hold the adapter only and are there whole or not at all; what stops 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import islice
@@ -27,6 +27,7 @@ from rankwise.train import exact_resume
 from rankwise.train.preflight import ROW
 from rankwise.train.recipe import Recipe
 
+RESULTS = "metrics.json"  # of a run that is through: the last file that it writes
 _SHOWN_SAMPLES = 32
 
 
@@ -103,7 +104,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             return
         super()._run_epoch(**kwargs)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One step; a loss that is not finite stops the run before it reaches the weights."""
         step, batch = self._at
         self._at = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
@@ -174,7 +175,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
-        _check_unfinished(directory, self.args.max_steps)
+        _check_unfinished(directory, self.args.max_steps, Path(self.args.output_dir) / RESULTS)
         trained = self.model if model is None else model
         load_state(trained, directory, allow_other_spec=self.recipe.resume_anyway)
 
@@ -249,12 +250,15 @@ def _announced(model: PreTrainedModel) -> Iterator[None]:
         model._hf_peft_config_loaded = before
 
 
-def _check_unfinished(directory: Path, max_steps: int) -> None:
-    done = json.loads((directory / "trainer_state.json").read_text())["global_step"]
-    if 0 < max_steps < done:
+def _check_unfinished(directory: Path, max_steps: int, results: Path) -> None:
+    """Refuse a run that is through. One that was killed after its last step, before its results, is not."""
+    state = directory / "trainer_state.json"
+    done = json.loads(state.read_text())["global_step"]
+    has_results = results.exists() and results.stat().st_mtime_ns >= state.stat().st_mtime_ns  # and not older ones
+    if 0 < max_steps < done or (done == max_steps and has_results):
         raise CheckpointError(
             f"{directory}: holds step {done} of a run to step {max_steps}, so nothing is left to train; raise "
-            f"max_steps, or take the adapter in it"
+            f"max_steps and set resume_anyway: true, or take the adapter in it"
         )
 
 
