@@ -67,11 +67,7 @@ def base_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         weight = parameter.data
         if type(weight) is Tensor and weight.numel():  # a quantised kind of its own may not be taken apart
-<<<<<<< HEAD
             places = evenly_spaced(_SAMPLED, weight.numel()).to(weight.device)
-=======
-            places = torch.arange(_SAMPLED, device=weight.device) * (weight.numel() - 1) // (_SAMPLED - 1)
->>>>>>> h6a
             digest.update(weight.flatten()[places].cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

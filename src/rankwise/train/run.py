@@ -38,13 +38,8 @@ from rankwise.train.run_report import run_report
 from rankwise.train.show import advice_table, advice_text, plan_table, smoke_warnings
 from rankwise.train.smoke import Smoke, smoke_step
 from rankwise.train.stop_signal import StopOnSigterm
-<<<<<<< HEAD
 from rankwise.train.task import Batch, Loaded, Look, Task
-from rankwise.train.trainer import AdapterTrainer
-=======
-from rankwise.train.task import Loaded, Task
 from rankwise.train.trainer import RESULTS, AdapterTrainer
->>>>>>> h6a
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
@@ -201,13 +196,10 @@ def _written(prepared: Prepared, first: Adapter, console: Console) -> Result:
         save_model_card(
             result.adapter, title=title_of(recipe), recipe=recipe, metrics=metrics, curve=result.curve, sample=sample
         )
-<<<<<<< HEAD
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         with busy(console, "Measuring the adapter"):
             _write_page(result, first)
-=======
+        # Last: it says that the run is through.
         (out / RESULTS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
->>>>>>> h6a
     return result
 
 
