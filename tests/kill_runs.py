@@ -86,7 +86,8 @@ class Work:
             "output_dir": str(output_dir),
             "resume_from_checkpoint": bool(checkpoints.checkpoints(output_dir)),
         }
-        run.save_loss_curve = lambda *_: None
+        # The pictures, most of the time of so small a run, write no checkpoint.
+        run.save_loss_curve = run._write_page = lambda *_: None
         run.train(recipes.parse(values | RECIPES[name] | changes), SILENT)
 
     def check(self, name: str, output_dir: Path) -> list[Path]:

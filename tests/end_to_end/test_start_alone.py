@@ -141,7 +141,7 @@ def test_two_processes_through_accelerate_launch(recipe, tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("held-out loss") <= 1
-    assert run.stdout.count("loss curve") == 1
+    assert run.stdout.count("opens in a browser") == 1
     metrics = yaml.safe_load((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["steps"] == 2 and metrics["processes"] == 2
     assert load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")

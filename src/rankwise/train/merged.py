@@ -86,7 +86,8 @@ def _check_new(out: Path, *read: Path | str | None) -> None:
 def _outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """What the model says of a few lines of text."""
     training = model.training
-    inputs = tokenizer(_PROBE, return_tensors="pt", truncation=True, max_length=64).to(model.device)
+    longest = min(64, getattr(model.config, "max_position_embeddings", 64))
+    inputs = tokenizer(_PROBE, return_tensors="pt", truncation=True, max_length=longest).to(model.device)
     outputs: Tensor = model.eval()(**inputs).logits.float()
     model.train(training)
     return outputs
