@@ -187,6 +187,18 @@ def test_the_json_beside_it_holds_the_same_numbers(trained, tmp_path):
     assert content["over_run"]["2"]["sgd"]["0.q_proj"] == {"cosine": 0.5, "relative_size": 2.0}
 
 
+def test_names_are_text_and_no_formulas(trained):
+    base, adapter = trained
+    sites = measure(adapter, base)
+    odd = "a $x^ & <b> $ _"
+    found = similarities({odd: adapter, "other $": adapter})
+    text = render(
+        Report(odd, [AdapterPart(odd, {odd: odd}, sites)], similarities=found, runs={odd: [{"step": 1, "loss": 1.0}]})
+    )
+    assert "a $x^ &amp; &lt;b&gt; $ _" in text
+    assert "<b>" not in text
+
+
 def test_what_is_infinite_is_no_number_in_json(trained, tmp_path):
     report = a_report(trained)
     object.__setattr__(report, "headline", {"loss": math.inf, "other": math.nan})

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rankwise.report.drawing import plain
 from rankwise.report.figures import History, draw_losses
 
 # Okabe and Ito's palette: told apart by colour-blind readers too, and in grey print by lightness.
@@ -19,7 +20,7 @@ def save_loss_curve(runs: Mapping[str, History], path: Path, title: str, unit: s
     # The object interface: pyplot would keep a global figure and look for a display.
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title=title)
+    axes = figure.add_subplot(title=plain(title))
     draw_losses(axes, runs, unit, _COLOURS)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)

@@ -41,6 +41,11 @@ _STYLE: Any = {
 }
 
 
+def plain(name: str) -> str:
+    """A name to be drawn as it is: matplotlib would read what stands between two dollar signs as a formula."""
+    return name.replace("$", r"\$")
+
+
 def series(number: int) -> str:
     """The colour of the n-th line, from 0."""
     return _SERIES[number % len(_SERIES)]
@@ -80,7 +85,7 @@ def heatmap(
 ) -> Any:
     """A grid of coloured cells; nan cells stay empty. Returns what a colour bar is made of."""
     mesh = axes.pcolormesh(values, cmap="viridis", vmin=limits[0], vmax=limits[1], edgecolors="none", antialiased=False)
-    axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], [plain(row) for row in rows])
     step = max(1, -(-len(columns) // 16))
     axes.set_xticks([i + 0.5 for i in range(0, len(columns), step)], columns[::step])
     axes.invert_yaxis()

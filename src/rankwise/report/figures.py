@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rankwise.analysis import Alignment
-from rankwise.report.drawing import INK, heatmap, series, svg
+from rankwise.report.drawing import INK, heatmap, plain, series, svg
 from rankwise.report.measure import LOST_TO, AgainstBase, Similarity, SiteMeasures, by_module
 
 History = Sequence[Mapping[str, Any]]
@@ -59,7 +59,7 @@ def points(history: History, key: str) -> tuple[list[int], list[float]]:
 def draw_losses(axes: Axes, runs: Mapping[str, History], unit: str, colours: Sequence[str]) -> None:
     """Training loss (thin) and held-out loss (thick, marked) of every run."""
     for (name, history), colour in zip(runs.items(), cycle(colours), strict=False):
-        prefix = f"{name}: " if len(runs) > 1 else ""
+        prefix = f"{plain(name)}: " if len(runs) > 1 else ""
         axes.plot(*points(history, "loss"), color=colour, linewidth=1, alpha=0.55, label=f"{prefix}training")
         steps, losses = points(history, "eval_loss")
         if losses:
@@ -153,7 +153,7 @@ def spectra(name: str, sites: Sequence[SiteMeasures]) -> Panel:
             for site in members:
                 values = [value for value in site.singular_values if value > 0]
                 axes.plot(range(1, len(values) + 1), values, color=series(0), linewidth=0.8, alpha=0.45)
-            axes.set_title(module, loc="left")
+            axes.set_title(plain(module), loc="left")
             axes.set_yscale("log")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.grid(linewidth=0.5)
@@ -197,12 +197,12 @@ def similarity(name: str, found: Similarity) -> Panel:
             image = axes.imshow(
                 phi, cmap="viridis", vmin=0, vmax=1, aspect="auto", extent=extent, interpolation="nearest"
             )
-            axes.set_title(module, loc="left")
+            axes.set_title(plain(module), loc="left")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(integer=True, nbins=4))
             axes.spines[:].set_visible(False)
-        figure.supxlabel(f"j: first directions of {found.second}", fontsize=10.5, color=INK)
-        figure.supylabel(f"i: first of {found.first}", fontsize=10.5, color=INK)
+        figure.supxlabel(f"j: first directions of {plain(found.second)}", fontsize=10.5, color=INK)
+        figure.supylabel(f"i: first of {plain(found.first)}", fontsize=10.5, color=INK)
         if image is not None:
             bar = figure.colorbar(image, ax=grid, pad=0.01, fraction=0.03)
             bar.outline.set_visible(False)
