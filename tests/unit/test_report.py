@@ -16,7 +16,7 @@ from rankwise.checkpoint.peft_format import read_adapter
 from rankwise.errors import BaseMismatch
 from rankwise.lowrank import LowRank
 from rankwise.report.drawing import standalone, svg
-from rankwise.report.measure import measure, similarities, similarity
+from rankwise.report.measure import measure, module_labels, similarities, similarity
 from rankwise.report.page import AdapterPart, Report, render, write_report
 
 
@@ -185,6 +185,18 @@ def test_the_json_beside_it_holds_the_same_numbers(trained, tmp_path):
     assert site["change"] == report.adapters[0].sites[0].change
     assert content["similarities"][0]["by_module"]["q_proj"][0][0] == pytest.approx(1.0, abs=1e-5)
     assert content["over_run"]["2"]["sgd"]["0.q_proj"] == {"cosine": 0.5, "relative_size": 2.0}
+
+
+def test_layers_of_one_name_are_told_apart():
+    names = [
+        f"encoder.layer.{i}.{rest}" for i in (0, 1) for rest in ("attention.output.dense", "output.dense", "query")
+    ]
+    labels = module_labels(names)
+    assert len({(labels[name], name.split(".")[2]) for name in names}) == len(names)
+    assert labels[names[0]] == labels[names[3]]
+    both = module_labels(["encoder.block.0.q", "decoder.block.0.q"])
+    assert set(both.values()) == {"encoder.block.*.q", "decoder.block.*.q"}
+    assert module_labels([]) == {}
 
 
 def test_names_are_text_and_no_formulas(trained):

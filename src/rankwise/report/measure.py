@@ -35,7 +35,7 @@ class SiteMeasures:
 
     Attributes:
         name: module path.
-        module: its last part, by which layers alike are put together.
+        module: what layers alike are put together by, see :func:`module_labels`.
         layer: the first number in the path; None where there is none.
         shape, rank, scale: of the pair.
         change: ‖ΔW‖_F.
@@ -90,6 +90,34 @@ class Similarity:
     by_chance: dict[str, float]
 
 
+def module_labels(names: Iterable[str]) -> dict[str, str]:
+    """Module path → what layers alike are put together by: as few of its last parts as tell apart those of one layer.
+
+    >>> module_labels(["layers.0.attn.q", "layers.1.attn.q"])
+    {'layers.0.attn.q': 'q', 'layers.1.attn.q': 'q'}
+    >>> module_labels(["layer.0.attn.dense", "layer.0.dense"])
+    {'layer.0.attn.dense': 'attn.dense', 'layer.0.dense': '*.dense'}
+    """
+    starred = {name: _without_layer(name).split(".") for name in names}
+    layers = {name: layer_of(name) for name in starred}
+    for count in range(1, 1 + max(map(len, starred.values()), default=0)):
+        labels = {name: ".".join(parts[-count:]) for name, parts in starred.items()}
+        if len({(labels[name], layers[name]) for name in starred}) == len(starred):
+            break
+    return labels if starred else {}
+
+
+def layer_of(name: str) -> int | None:
+    """The first number in a module path."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _without_layer(name: str) -> str:
+    parts = name.split(".")
+    place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return name if place is None else ".".join([*parts[:place], "*", *parts[place + 1 :]])
+
+
 Watch = Callable[[Sequence[Any]], Iterable[Any]]
 
 
@@ -110,20 +138,22 @@ def measure(
     Raises:
         BaseMismatch: the base lacks a site, or has it in another shape.
     """
+    labels = module_labels(adapter.sites)
     with torch.no_grad():
         return [
-            _site(name, site, None if base is None else _against_base(base, name, site, intruders=intruders))
+            _site(
+                name, labels[name], site, None if base is None else _against_base(base, name, site, intruders=intruders)
+            )
             for name, site in watch(list(adapter.sites.items()))
         ]
 
 
-def _site(name: str, site: SiteAdapter, against: AgainstBase | None) -> SiteMeasures:
+def _site(name: str, module: str, site: SiteAdapter, against: AgainstBase | None) -> SiteMeasures:
     singular = site.delta.svd()[1]
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return SiteMeasures(
         name=name,
-        module=name.rpartition(".")[2],
-        layer=numbers[0] if numbers else None,
+        module=module,
+        layer=layer_of(name),
         shape=site.delta.shape,
         rank=site.delta.rank,
         scale=site.delta.scale,
@@ -176,6 +206,7 @@ def similarity(first: str, one: Adapter, second: str, two: Adapter) -> Similarit
     """
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
     chance: dict[str, float] = {}
+    labels = module_labels([*one.sites])
     with torch.no_grad():
         for name, site in one.sites.items():
             other = two.sites.get(name)
@@ -183,7 +214,7 @@ def similarity(first: str, one: Adapter, second: str, two: Adapter) -> Similarit
                 continue
             into = site.delta.shape[1]
             phi = subspace_similarity(*(_directions(each.delta) for each in (site, other)))
-            module = name.rpartition(".")[2]
+            module = labels[name]
             if not found[module] or found[module][0].shape == phi.shape:
                 found[module].append(phi)
                 chance[module] = max(phi.shape) / into
