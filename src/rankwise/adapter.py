@@ -78,7 +78,7 @@ def extract(
         shortest_targets(model, list(sites)),
         base_probes(model, list(sites)),
         getattr(config, "_name_or_path", None) or None,
-        {key: value.detach().cpu() for key, value in saved.items()},
+        {key: _own_copy(value) for key, value in saved.items()},
         any(is_quantised(model.get_submodule(path)) for path in sites),
     )
 
@@ -86,9 +86,14 @@ def extract(
 def _site_adapter(layer: nn.Module, adapter: FoldableLayer) -> SiteAdapter:
     with torch.no_grad():
         delta = adapter.delta()
-        extra = {suffix: tensor.detach().cpu() for suffix, tensor in adapter.extra_tensors().items()}
-    on_cpu = LowRank(delta.B.detach().cpu(), delta.A.detach().cpu(), delta.scale)
+        extra = {suffix: _own_copy(tensor) for suffix, tensor in adapter.extra_tensors().items()}
+    on_cpu = LowRank(_own_copy(delta.B), _own_copy(delta.A), delta.scale)
     return SiteAdapter(adapter.kind.name, on_cpu, adapter.kind.kernel(layer), adapter.kind.groups(layer), extra)
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """On the CPU, and apart from what is trained on."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def shortest_targets(model: nn.Module, sites: list[str]) -> str | tuple[str, ...]:

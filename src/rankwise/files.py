@@ -1,5 +1,6 @@
 """Reading and writing single files: whole or not at all, and never a pickle."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from rankwise.errors import BrokenFile, NonFiniteTensor, UnsafeFile
+from rankwise.errors import BrokenFile, NonFiniteTensor, RecipeError, UnsafeFile
 from rankwise.json_object import as_object
 from rankwise.tensor_header import TensorEntry, read_header
 
@@ -31,6 +32,23 @@ def write_file(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink()
         raise
+
+
+def check_directory_name(path: Path) -> None:
+    """Refuse a path on whose way lies a file.
+
+    Raises:
+        RecipeError: it or a parent is a file.
+    """
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise RecipeError(f"{path}: expected a directory, or a new name for one, found that {part} is a file")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -77,6 +77,8 @@ def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_L
             another module shares, or more lost than ``most_lost``. The model is then left as it was.
         AttachError: the model carries no adapter.
     """
+    if not most_lost >= 0:  # nor NaN
+        raise MergeError(f"most_lost: expected a share from 0 on, found {most_lost}")
     owner, record = host(model)
     if record.merged:
         raise MergeError("this model is merged already: call rankwise.unmerge or rankwise.detach first")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import rankwise as rw
 from rankwise.cli import app
+from rankwise.errors import RecipeError
 from rankwise.train import recipe as recipes
 from rankwise.train import run
 from rankwise.train.analyze import analyze
@@ -95,6 +96,27 @@ def test_without_the_base_no_model_is_loaded(make, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("loaded a model"))
     report = analyze([adapter], None, SILENT, without_base=True)
     assert all(site.against_base is None and site.change > 0 for site in report.adapters[0].sites)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"runs": {"x": 5}}', '{"adapters": [{"files": {}}], "runs": {"x": []}}']
+)
+def test_another_programs_report_beside_an_adapter_is_passed_over(make, content):
+    adapter = run.train(make(), SILENT).adapter
+    assert analyze([adapter], None, SILENT, without_base=True).runs
+    (adapter.parent / "report.json").write_text(content)
+    assert not analyze([adapter], None, SILENT, without_base=True).runs
+
+
+def test_a_checkpoint_does_not_show_the_curve_of_the_end(make):
+    result = run.train(make(save_steps=1), SILENT)
+    assert not analyze([result.adapter.parent / "checkpoint-1"], None, SILENT, without_base=True).runs
+
+
+@pytest.mark.parametrize("flags", [{"prompts": ["x"]}, {"batches": "d.jsonl"}, {"intruders": True}])
+def test_what_needs_a_model_is_refused_without_one(tmp_path, flags):
+    with pytest.raises(RecipeError, match="without-base"):
+        analyze([tmp_path], None, SILENT, without_base=True, **flags)
 
 
 def test_no_adapter_is_an_error_that_says_where(tmp_path):

@@ -80,6 +80,13 @@ def test_a_run_is_done_once_and_kept(recipe, tmp_path, trainings):
     assert len(trainings) == 2
 
 
+def test_other_data_under_the_same_name_are_another_run(recipe, tmp_path, pairs_file, trainings):
+    Runs(tmp_path / "study", SILENT).adapter(recipe)
+    pairs_file.write_text(pairs_file.read_text().replace("what I say", "what I sing"))
+    Runs(tmp_path / "study", SILENT).adapter(recipe)
+    assert len(trainings) == 2
+
+
 def test_a_run_that_failed_is_run_again_and_a_broken_record_named(recipe, tmp_path, monkeypatch):
     runs = Runs(tmp_path, SILENT)
 

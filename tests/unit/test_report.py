@@ -12,12 +12,13 @@ from torch import nn
 import rankwise as rw
 from rankwise.adapter import Adapter, SiteAdapter
 from rankwise.analysis import Alignment
+from rankwise.checkpoint.install import portable
 from rankwise.checkpoint.peft_format import read_adapter
-from rankwise.errors import BaseMismatch
+from rankwise.errors import BaseMismatch, RecipeError
 from rankwise.lowrank import LowRank
 from rankwise.report.drawing import standalone, svg
 from rankwise.report.measure import measure, module_labels, similarities, similarity
-from rankwise.report.page import AdapterPart, Report, render, write_report
+from rankwise.report.page import AdapterPart, Report, check_place, render, write_report
 
 
 class Block(nn.Module):
@@ -225,3 +226,37 @@ def test_a_drawing_as_a_file_of_its_own():
     assert "var(--" not in alone
     assert 'xmlns="http://www.w3.org/2000/svg"' in alone
     assert "a &quot;line&quot;" in alone
+
+
+def test_the_start_stays_the_start_while_training_goes_on():
+    net = rw.attach(model(), rw.LoRA(rank=3))
+    start = portable(net)
+    before = {name: site.delta.A.clone() for name, site in start.sites.items()}
+    with torch.no_grad():
+        for pair in rw.pairs(net):
+            for tensor in pair.parameters:
+                tensor.normal_()
+    assert all(torch.equal(site.delta.A, before[name]) for name, site in start.sites.items())
+    (found,) = similarities({"start": start, "end": portable(net)})
+    assert found.by_module["q_proj"][2][2] < 0.9
+
+
+def test_a_start_without_directions_shows_no_similarity():
+    net = rw.attach(model(), rw.LoRA(rank=3, init="init-b"))  # A = 0, B random
+    assert similarity("start", portable(net), "start", portable(net)).by_module == {}
+
+
+def test_sizes_beyond_fp32_are_numbers():
+    huge = LowRank(torch.full((4, 1), 1e16), torch.full((1, 4), 1e16))  # its square is not one
+    (site,) = measure(Adapter(rw.LoRA(rank=1), {"layers.²q": SiteAdapter("linear", huge)}, ("q",)))
+    assert site.change == pytest.approx(4e32, rel=1e-5)
+    assert site.layer is None
+
+
+@pytest.mark.parametrize("name", ["page", "page.json", "file.html/page.html", "folder.html"])
+def test_a_place_that_no_page_can_have_is_refused_before_any_work(tmp_path, name):
+    (tmp_path / "file.html").write_text("")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(RecipeError):
+        check_place(tmp_path / name)
+    check_place(tmp_path / "new" / "page.html")

@@ -252,7 +252,8 @@ def _check_base(
         for path, recorded in probes.items():
             layer: Any = model.get_submodule(path)
             there, here = torch.tensor(recorded), torch.tensor(probe(layer))
-            room = 0.25 if quantised or is_quantised(layer) else 0.02
+            # 4 bits move some small layers' few numbers by a third; another base's are off by about 1.4.
+            room = 0.5 if quantised or is_quantised(layer) else 0.02
             gap = float((there - here).norm() / there.norm().clamp_min(1e-30))
             if gap > room:
                 raise BaseMismatch(

@@ -368,7 +368,8 @@ def _shared_A(where: Path, path: str, A: Tensor, groups: int) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     """In fp32 or finer, as the pair is held in memory."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    narrow = tensor.element_size() < 4  # torch promotes no float8
+    return tensor.to(torch.float32 if narrow else torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_pair(where: Path, path: str, A: Tensor, B: Tensor, rank: int) -> None:

@@ -155,7 +155,8 @@ def merge(
     base: Base = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     most_lost: Annotated[
-        float, typer.Option(help="Share of the adapter's change that rounding may swallow; more is refused. 1: any.")
+        float,
+        typer.Option(min=0, max=1, help="Share of the change that rounding may swallow; more is refused. 1: any."),
     ] = 0.7,
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model."""
@@ -193,7 +194,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     base: Base = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the model's chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
 ) -> None:
     """Answer a prompt with the pretrained model and with the adapted one."""
     from rankwise.train.generation import answer
@@ -224,9 +225,10 @@ def analyze(
     ] = False,
 ) -> None:
     """Measure adapters against their base, and show it on one static page."""
-    from rankwise.report.page import write_report
+    from rankwise.report.page import check_place, write_report
     from rankwise.train.analyze import analyze as measured
 
+    check_place(out)
     console = _console()
     report = measured(
         adapters,

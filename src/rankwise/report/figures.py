@@ -284,12 +284,12 @@ def amplification_table(sites: Sequence[SiteMeasures]) -> Panel:
                 module,
                 str(len(found)),
                 *(f"{fmean(column):.3g}" for column in columns),
-                f"{fmean(e.factor for e in found):.1f}×",
+                f"{fmean(e.factor for e in found):.2g}×",
             ]
         )
     head = ["module", "layers", "‖ΔW‖", "‖UᵀWV‖ along ΔW", "along W's own", "along random", "amplification"]
     reading = (
-        f"‖ΔW‖ over what W does in ΔW's directions: {min(factors):.1f} to {max(factors):.1f}. Above 1, training "
+        f"‖ΔW‖ over what W does in ΔW's directions: {min(factors):.2g} to {max(factors):.2g}. Above 1, training "
         "strengthens directions that the pretrained weight hardly uses."
         if factors
         else "The change is zero, so nothing is amplified."
@@ -306,8 +306,10 @@ def lost_table(sites: Sequence[SiteMeasures]) -> Panel:
         rows.append([module, *(f"{f(column):.1%}" for column in columns for f in (fmean, max))])
     worst = {storage: max(against_base(site).lost[storage] for site in sites) for storage in LOST_TO}
     head = ["module", *(f"{storage}, {which}" for storage in LOST_TO for which in ("mean", "worst layer"))]
-    reading = "Share of ΔW that rounding swallows when it is merged into a base stored so; at worst " + ", ".join(
-        f"{share:.0%} in {storage}" for storage, share in worst.items()
+    shares = ", ".join(f"{share:.0%} in {storage}" for storage, share in worst.items())
+    reading = (
+        "Share of ΔW that rounding loses when it is merged into a base stored so (above 100 %: rounding moves the "
+        f"weight further than the change does); at worst {shares}"
     )
     return Panel("What a merge would lose (share of ‖ΔW‖)", f"{reading}.", table=Table(head, rows))
 

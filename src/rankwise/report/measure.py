@@ -109,12 +109,16 @@ def module_labels(names: Iterable[str]) -> dict[str, str]:
 
 def layer_of(name: str) -> int | None:
     """The first number in a module path."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return next((int(part) for part in name.split(".") if _is_number(part)), None)
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit()
 
 
 def _without_layer(name: str) -> str:
     parts = name.split(".")
-    place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    place = next((place for place, part in enumerate(parts) if _is_number(part)), None)
     return name if place is None else ".".join([*parts[:place], "*", *parts[place + 1 :]])
 
 
@@ -124,7 +128,7 @@ Watch = Callable[[Sequence[Any]], Iterable[Any]]
 def measure(
     adapter: Adapter, base: nn.Module | None = None, *, intruders: bool = False, watch: Watch = iter
 ) -> list[SiteMeasures]:
-    """Every site of an adapter.
+    """Every site of an adapter, by its low-rank change s·BA; DoRA's magnitudes are not in it.
 
     Without a base no more than the factors is needed, so that any size of model can be looked at. With it one layer is
     worked on at a time, in pieces.
@@ -157,7 +161,7 @@ def _site(name: str, module: str, site: SiteAdapter, against: AgainstBase | None
         shape=site.delta.shape,
         rank=site.delta.rank,
         scale=site.delta.scale,
-        change=float(torch.linalg.vector_norm(singular)),
+        change=float(torch.linalg.vector_norm(singular.double())),
         singular_values=singular.tolist(),
         effective_rank=effective_rank(singular),
         stable_rank=stable_rank(singular),
@@ -213,7 +217,10 @@ def similarity(first: str, one: Adapter, second: str, two: Adapter) -> Similarit
             if other is None or other.delta.shape[1] != site.delta.shape[1]:
                 continue
             into = site.delta.shape[1]
-            phi = subspace_similarity(*(_directions(each.delta) for each in (site, other)))
+            directions = [_directions(each.delta) for each in (site, other)]
+            if min(map(len, directions)) == 0:  # nothing there yet: A = 0 at the start
+                continue
+            phi = subspace_similarity(*directions)
             module = labels[name]
             if not found[module] or found[module][0].shape == phi.shape:
                 found[module].append(phi)

@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 
 from rankwise.analysis import Alignment
-from rankwise.files import write_file
+from rankwise.errors import RecipeError
+from rankwise.files import check_directory_name, write_file
 from rankwise.report import figures
 from rankwise.report.figures import History, Panel
 from rankwise.report.measure import INTRUDERS_AMONG, Similarity, SiteMeasures
@@ -65,6 +66,17 @@ class Report:
     configuration: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+
+def check_place(html: Path) -> None:
+    """Refuse a name that a page cannot have, before any work.
+
+    Raises:
+        RecipeError: it does not end in .html, is a directory, or lies in what is no directory.
+    """
+    if html.suffix != ".html" or html.is_dir():
+        raise RecipeError(f"{html}: expected a page's name, such as analysis.html; its numbers go beside it as .json")
+    check_directory_name(html.parent)
 
 
 def write_report(report: Report, html: Path) -> Path:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rankwise.report.drawing import INK, series, svg
 from rankwise.report.figures import Panel, Table
 from rankwise.studies.arms import Arm
-from rankwise.studies.intrinsic_dimension import SHARE, IntrinsicDimension
+from rankwise.studies.intrinsic_dimension import SHARE, Dimension, IntrinsicDimension
 
 
 def beside_seed_means(arms: Mapping[str, Arm]) -> dict[str, list[float]]:
@@ -85,6 +85,12 @@ def rates_panel(name: str, arms: Mapping[str, Arm], unit: str) -> Panel:
     return Panel("How the learning rates were chosen", reading, svg(name, "Loss against learning rate", (8, 3.4), draw))
 
 
+def _reached(kind: str, search: Dimension) -> str:
+    if search.d90 is None:
+        return f"{kind} d₉₀ above {max(search.tried):,}"
+    return f"{kind} d₉₀ {'at most' if search.d90 == min(search.tried) else '='} {search.d90:,}"
+
+
 def intrinsic_panel(found: IntrinsicDimension, unit: str) -> Panel:
     """Best loss against the dimension of the random subspace."""
 
@@ -102,11 +108,10 @@ def intrinsic_panel(found: IntrinsicDimension, unit: str) -> Panel:
         axes.grid(linewidth=0.6)
         axes.legend(loc="lower left")
 
-    reached = ", ".join(
-        f"{kind} d₉₀ = {search.d90:,}" if search.d90 else f"{kind} above {max(search.tried):,}"
-        for kind, search in found.searches.items()
-    )
-    reading = f"{reached}, of {found.weights:,} weights; every dimension at its best learning rate."
+    reached = ", ".join(_reached(kind, search) for kind, search in found.searches.items())
+    reading = f"{reached}, of {found.weights:,} weights."
+    if not found.full.bracketed:
+        reading += " The rate for training all weights is at the edge of what was tried: the goal may be too easy."
     rows = [
         [kind, f"{dimension:,}", f"{tuned.rate:g}" + ("" if tuned.bracketed else " (at the edge)"), f"{tuned.loss:.4f}"]
         for kind, search in found.searches.items()

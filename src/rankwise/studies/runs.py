@@ -17,7 +17,7 @@ from rich.console import Console
 import rankwise as rw
 from rankwise.analysis import train_in_random_subspace
 from rankwise.errors import BrokenFile, SpecError
-from rankwise.files import write_file
+from rankwise.files import check_directory_name, sha256, write_file
 from rankwise.plan import target_layers
 from rankwise.train import run, start
 from rankwise.train.recipe import Recipe
@@ -45,6 +45,7 @@ class Runs:
     """Trains recipes, each into its own directory under ``directory``, named by what decides its outcome."""
 
     def __init__(self, directory: Path, console: Console) -> None:
+        check_directory_name(directory)
         self.directory = directory
         self._console = console
         self._silent = Console(quiet=True)
@@ -102,7 +103,7 @@ class Runs:
     def _once(self, kind: str, recipe: Recipe, options: dict[str, Any], train: Callable[[Path], Trained]) -> Trained:
         """The outcome on file, or that of ``train`` now. Several processes may share the directory."""
         fields = recipe.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True)
-        decided_by = {"kind": kind, **options, **fields, "rankwise": version("rankwise")}
+        decided_by = {"kind": kind, **options, **fields, **_on_disk(recipe), "rankwise": version("rankwise")}
         key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
         directory = self.directory / "runs" / key
         directory.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,19 @@ class Runs:
                 write_file(path, (json.dumps(content, indent=2) + "\n").encode())
                 self._console.print(f"{trained.loss:.4f} ({time.monotonic() - began:.0f} s)", highlight=False)
         return _read(path)
+
+
+def _on_disk(recipe: Recipe) -> dict[str, str]:
+    """What the recipe's paths hold now: a file's content, a model directory's files with size and time."""
+    found = {}
+    for field in ("model", "data", "eval_data"):
+        path = Path(getattr(recipe, field) or "")
+        if path.is_file():
+            found[f"{field} is"] = sha256(path)
+        elif getattr(recipe, field) and path.is_dir():
+            files = sorted(each for each in path.rglob("*") if each.is_file())
+            found[f"{field} is"] = " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
+    return found
 
 
 def _read(path: Path) -> Trained:

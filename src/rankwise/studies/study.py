@@ -63,11 +63,13 @@ class Study:
     Attributes:
         summary: the question it asks.
         paper: where it comes from.
+        repeats: whether it runs more than one seed.
     """
 
     summary: str
     paper: str
     conduct: Callable[[Request], Outcome]
+    repeats: bool = True
 
 
 def _weight_types(request: Request) -> Outcome:
@@ -124,6 +126,8 @@ def _amplification(request: Request) -> Outcome:
 
 
 def _intrinsic_dimension(request: Request) -> Outcome:
+    if request.recipe.quantization != "none":
+        raise RecipeError("study intrinsic-dimension: trains the weights themselves: expected quantization: none")
     found = intrinsic_dimension(request.recipe, len(request.loaded.sites), request.runs)
     return Outcome(asdict(found), [figures.intrinsic_panel(found, request.unit)])
 
@@ -134,7 +138,7 @@ STUDIES: dict[str, Study] = {
     "ranks": Study("Which rank is needed?", _LORA, _ranks),
     "subspace": Study("Do different ranks and seeds learn the same directions?", _LORA, _subspace),
     "amplification": Study("How does the change compare with the weight?", _LORA, _amplification),
-    "intrinsic-dimension": Study("How many numbers does the task need?", _INTRINSIC, _intrinsic_dimension),
+    "intrinsic-dimension": Study("How many numbers does it take?", _INTRINSIC, _intrinsic_dimension, repeats=False),
 }
 
 
@@ -155,6 +159,7 @@ def run_study(name: str, recipe: Recipe, directory: Path, seeds: int, console: C
 def write_outcome(name: str, outcome: Outcome, recipe: Recipe, seeds: int, directory: Path) -> Path:
     """Write a study's numbers as ``NAME.json`` and its page as ``NAME.html``; returns the page's path."""
     study = STUDIES[name]
+    seeds = seeds if study.repeats else 1
     versions = {package: version(package) for package in ("rankwise", "torch", "transformers", "trl")}
     fields = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
     content = {

@@ -12,17 +12,17 @@ from rich.progress import track
 import rankwise as rw
 from rankwise.adapter import Adapter
 from rankwise.analysis import every_first_step
-from rankwise.checkpoint.peft_format import read_adapter
-from rankwise.errors import RecipeError
-from rankwise.files import read_json
+from rankwise.checkpoint.peft_format import TENSORS, read_adapter
+from rankwise.errors import BrokenFile, RecipeError
+from rankwise.files import read_json, sha256
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Report
 from rankwise.train import run, start
-from rankwise.train.generation import before_and_after
+from rankwise.train.generation import before_and_after, refuse_classifier
 from rankwise.train.labels import read_labels
 from rankwise.train.merged import base_of, load_base
 from rankwise.train.recipe import parse
-from rankwise.train.report_parts import Measured, adapter_part, texts, versions
+from rankwise.train.report_parts import Measured, adapter_part, low_rank_part_only, texts, versions
 
 
 def analyze(
@@ -49,6 +49,10 @@ def analyze(
     Raises:
         CheckpointError: a directory that is no sound adapter. RecipeError: two adapters of one name.
     """
+    if without_base and (batches or prompts or intruders):
+        raise RecipeError("analyze: --without-base loads no model, which --batches, --prompt and --intruders need")
+    for directory in directories if prompts else ():
+        refuse_classifier(directory)
     adapters = _read(directories)
     parts, samples = [], []
     for name, (directory, adapter) in adapters.items():
@@ -72,7 +76,10 @@ def analyze(
         samples=[texts(sample) for sample in samples],
         runs={name: logged for name, (directory, _) in adapters.items() if (logged := _logged(directory))},
         versions=versions(),
-        notes=[_ABOUT_BATCHES.format(batches=batches, count=batch_count)] if batches else (),
+        notes=[
+            *dict.fromkeys(note for _, adapter in adapters.values() for note in low_rank_part_only(adapter)),
+            *([_ABOUT_BATCHES.format(batches=batches, count=batch_count)] if batches else []),
+        ],
     )
 
 
@@ -92,13 +99,15 @@ def _read(directories: Sequence[Path]) -> dict[str, tuple[Path, Adapter]]:
 
 
 def _logged(directory: Path) -> list[dict[str, Any]]:
-    """What the run that the adapter comes from logged, where its report lies beside it."""
+    """What the run that ended with this very adapter logged: a report that names its file's hash lies beside it."""
     path = directory.parent / "report.json"
-    if not path.is_file():
-        return []
-    runs = read_json(path).get("runs")
-    rows: list[Any] = next(iter(runs.values()), []) if isinstance(runs, dict) else []
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+    try:
+        report = read_json(path)
+        (part,), (rows,) = report["adapters"], report["runs"].values()
+        ours = part["files"][TENSORS] == sha256(directory / TENSORS)
+    except (BrokenFile, KeyError, TypeError, ValueError, AttributeError):
+        return []  # another program's, or none
+    return list(rows) if ours else []
 
 
 def _alignment(directory: Path, base: str | None, data: str, count: int, console: Console) -> Measured:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
-from rankwise.errors import UnsupportedAdapter
+from rankwise.errors import RecipeError, UnsupportedAdapter
 from rankwise.train.labels import read_labels
 from rankwise.train.merged import base_of
 from rankwise.train.pretrained import load_pretrained
@@ -33,6 +33,8 @@ def before_and_after(
 ) -> Sample:
     """Greedy answers without and with the adapter; a list of messages goes through the chat template."""
     text = _as_text(tokenizer, prompt)
+    if not text:
+        raise RecipeError("prompt: expected some text to continue, found none")
     with rw.disabled(model):
         before = generate(model, tokenizer, text, max_new_tokens)
     return Sample(text, before, generate(model, tokenizer, text, max_new_tokens))
@@ -40,16 +42,25 @@ def before_and_after(
 
 def answer(adapter: Path, base: str | None, prompt: str, *, chat: bool = False, max_new_tokens: int = 64) -> Sample:
     """Load a saved adapter on its base model (or on `base`) and answer a prompt without and with it."""
+    refuse_classifier(adapter)
+    model, tokenizer = load_pretrained(base or base_of(adapter))
+    rw.load(model, adapter)
+    asked: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
+    return before_and_after(model, tokenizer, asked, max_new_tokens)
+
+
+def refuse_classifier(adapter: Path) -> None:
+    """A classifier writes no text.
+
+    Raises:
+        UnsupportedAdapter: the adapter is one's.
+    """
     if (labels := read_labels(adapter)) is not None:
         raise UnsupportedAdapter(
             f"{adapter}: expected the adapter of a language model, found a classifier's ({', '.join(labels)}), which "
             "writes no text. Fold it with `rankwise merge` and use the model with transformers' text-classification "
             "pipeline."
         )
-    model, tokenizer = load_pretrained(base or base_of(adapter))
-    rw.load(model, adapter)
-    asked: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    return before_and_after(model, tokenizer, asked, max_new_tokens)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def save_merged(
     Raises:
         MergeError: `out` holds files or lies in what is read, or too much would be lost. Nothing is written then.
     """
-    _check_new(out, adapter, base)
+    _check_new(out, adapter, base or base_of(adapter))
+    _check_size(max_shard_size)
     model, tokenizer = load_base(adapter, base)
     rw.load(model, adapter)
     adapted = _outputs(model, tokenizer)
@@ -70,6 +72,11 @@ def save_merged(
         shutil.rmtree(unfinished)
         raise
     return Merged(weights, gap)
+
+
+def _check_size(max_shard_size: str) -> None:
+    if re.fullmatch(r"\d+(\.\d+)?([KMGT]i?)?B", max_shard_size, re.IGNORECASE) is None:
+        raise MergeError(f"max_shard_size: expected a size such as 5GB or 500MB, found {max_shard_size!r}")
 
 
 def _check_new(out: Path, *read: Path | str | None) -> None:

@@ -36,6 +36,13 @@ def adapter_part(
     return AdapterPart(name, facts, sites, engines, files, alignment or {})
 
 
+def low_rank_part_only(adapter: Adapter) -> list[str]:
+    """A note where the low-rank pair is not all of the change."""
+    if not any("lora_magnitude_vector" in site.extra for site in adapter.sites.values()):
+        return []
+    return ["DoRA: all figures are of the low-rank part s·BA; the trained magnitudes change the weights beyond it."]
+
+
 def texts(sample: Sample) -> tuple[str, str, str, str]:
     """A sample as the page takes it."""
     return (sample.prompt.strip(), sample.before, sample.after, (sample.reference or "").strip())

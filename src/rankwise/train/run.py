@@ -22,6 +22,7 @@ import rankwise as rw
 from rankwise.adapter import Adapter
 from rankwise.checkpoint.install import portable
 from rankwise.errors import RunStopped
+from rankwise.files import check_directory_name
 from rankwise.report.curve import save_loss_curve
 from rankwise.report.figures import points
 from rankwise.report.page import write_report
@@ -118,7 +119,8 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     checkpoint = resume.choose(loaded.recipe, console)
     prepared = check(loaded, console, title)
     if prepared.trainer.is_world_process_zero():
-        run_lock.check_free(loaded.recipe.output_dir)
+        check_directory_name(Path(loaded.recipe.output_dir))
+    run_lock.check_free(loaded.recipe.output_dir)
     if checkpoint is not None:
         resume.check_exact(checkpoint, prepared.trainer.facts, console, anyway=loaded.recipe.resume_anyway)
     start.attach(loaded, prepared.batches, console)

@@ -16,7 +16,7 @@ from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Alignments, Report
 from rankwise.train.generation import Sample
 from rankwise.train.recipe import Recipe
-from rankwise.train.report_parts import adapter_part, texts, versions
+from rankwise.train.report_parts import adapter_part, low_rank_part_only, texts, versions
 
 
 def run_report(
@@ -44,7 +44,7 @@ def run_report(
         sites = measure(last, model)
     return Report(
         title=title,
-        adapters=[adapter_part("adapter", directory, last, sites, over_run.get(min(over_run, default=0)))],
+        adapters=[adapter_part("adapter", directory, last, sites, over_run.get(max(over_run, default=0)))],
         headline=_headline(recipe, metrics),
         similarities=similarities({"the start": first, "the end": last}),
         runs={"run": history},
@@ -53,7 +53,18 @@ def run_report(
         samples=[] if sample is None else [texts(sample)],
         configuration=yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False).strip(),
         versions=versions(),
+        notes=_notes(recipe, first, last),
     )
+
+
+def _notes(recipe: Recipe, first: Adapter, last: Adapter) -> list[str]:
+    """What must be known to read the page right."""
+    notes = low_rank_part_only(last)
+    if any(site.delta.rank < last.sites[name].delta.rank for name, site in first.sites.items() if name in last.sites):
+        notes.append("The start is kept in the adapter's pair, so that φ with all of the end's directions is 1 anyway.")
+    if recipe.alignment_steps is not None:
+        notes.append("Agreement with full fine-tuning's step: on the run's first batches; the maps are of its end.")
+    return notes
 
 
 def _headline(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, str]:
