@@ -15,7 +15,7 @@ from rankwise.analysis import (
     stable_rank,
     subspace_similarity,
 )
-from rankwise.analysis.change import NF4_LEVELS
+from rankwise.analysis.change import NF4_LEVELS, _nf4
 from rankwise.errors import SpecError
 from rankwise.lowrank import LowRank
 
@@ -86,6 +86,12 @@ def test_what_a_merge_to_nf4_loses(case, size):
     lost = (nf4(weight + dense) - nf4(weight)) - dense
     expected = torch.linalg.matrix_norm(lost) / torch.linalg.matrix_norm(dense)
     assert merge_loss(delta, weight, "nf4") == pytest.approx(float(expected), rel=1e-2)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 100.0]))
+def test_nf4_takes_the_nearest_level(seed, size):
+    matrix = torch.randn(7, 64, generator=torch.Generator().manual_seed(seed)) * size
+    assert torch.allclose(_nf4(matrix), nf4(matrix), rtol=1e-6)
 
 
 def test_nf4_is_bitsandbytes_own():

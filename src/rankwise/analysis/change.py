@@ -1,6 +1,7 @@
 """What an adapter's change does to a weight: its size, what storing the sum would lose, and directions that are new."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -34,17 +35,32 @@ NF4_LEVELS = (
 _NF4_BLOCK = 64
 
 
+_HALF = 127.5  # bins in each half of [−1, 1], narrower than any two levels are apart
+
+
+@cache
+def _nf4_tables() -> tuple[Tensor, Tensor, Tensor]:
+    """The levels; bin → how many borders between levels lie below it; bin → the border within it, or infinity.
+
+    A look-up and one comparison take half the time of comparing with all fifteen borders.
+    """
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
+    borders = (levels[1:] + levels[:-1]) / 2
+    lower = torch.arange(2 * _HALF + 1, dtype=torch.float64)[:, None] / _HALF - 1
+    within = (borders >= lower) & (borders < lower + 1 / _HALF)
+    return levels, (borders < lower).sum(1), torch.where(within, borders, torch.inf).amin(1)
+
+
 def _nf4(matrix: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
     """Quantised to NF4 in blocks of 64, each with its own largest value, and back."""
     flat = matrix.flatten()
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % _NF4_BLOCK)).view(-1, _NF4_BLOCK)
     largest = padded.abs().amax(1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
-    scaled = padded / largest
-    levels = torch.tensor(NF4_LEVELS, dtype=matrix.dtype, device=matrix.device)
-    nearest_level = torch.zeros(scaled.shape, dtype=torch.uint8, device=matrix.device)
-    for border in ((levels[1:] + levels[:-1]) / 2).tolist():  # fifteen comparisons take half the time of a search
-        nearest_level += scaled > border
-    rounded = levels.index_select(0, nearest_level.flatten().int()).view_as(scaled) * largest
+    scaled = (padded / largest).flatten()
+    levels, below, border = (table.to(matrix) for table in _nf4_tables())
+    bins = ((scaled + 1) * _HALF).int()
+    nearest_level = below.index_select(0, bins) + (scaled > border.index_select(0, bins))
+    rounded = levels.index_select(0, nearest_level.int()).view_as(padded) * largest
     return rounded.flatten()[: flat.numel()].view_as(matrix)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rankwise.analysis import Alignment
 from rankwise.report.drawing import INK, heatmap, plain, series, svg
@@ -155,6 +155,7 @@ def spectra(name: str, sites: Sequence[SiteMeasures]) -> Panel:
                 axes.plot(range(1, len(values) + 1), values, color=series(0), linewidth=0.8, alpha=0.45)
             axes.set_title(plain(module), loc="left")
             axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())  # their labels take most of the time of drawing
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.grid(linewidth=0.5)
         figure.supxlabel("direction", fontsize=10.5, color=INK)

@@ -11,17 +11,13 @@ from rich.progress import track
 
 import rankwise as rw
 from rankwise.adapter import Adapter
-from rankwise.analysis import every_first_step
 from rankwise.checkpoint.peft_format import TENSORS, read_adapter
 from rankwise.errors import BrokenFile, RecipeError
 from rankwise.files import read_json, sha256
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Report
-from rankwise.train import run, start
 from rankwise.train.generation import before_and_after, refuse_classifier
-from rankwise.train.labels import read_labels
-from rankwise.train.merged import base_of, load_base
-from rankwise.train.recipe import parse
+from rankwise.train.merged import load_base
 from rankwise.train.report_parts import Measured, adapter_part, low_rank_part_only, texts, versions
 
 
@@ -62,7 +58,11 @@ def analyze(
             continue
         model, tokenizer = load_base(directory, base)
         sites = measure(adapter, model, intruders=intruders, watch=_watch(name, console))
-        alignment = {} if batches is None else _alignment(directory, base, batches, batch_count, console)
+        alignment: Measured = {}
+        if batches is not None:
+            from rankwise.train.batch_alignment import alignment_on  # it needs the trainer, which takes seconds to load
+
+            alignment = alignment_on(directory, base, batches, batch_count, console)
         parts.append(adapter_part(name, directory, adapter, sites, alignment))
         if prompts:
             rw.load(model, directory)
@@ -108,27 +108,6 @@ def _logged(directory: Path) -> list[dict[str, Any]]:
     except (BrokenFile, KeyError, TypeError, ValueError, AttributeError):
         return []  # another program's, or none
     return list(rows) if ours else []
-
-
-def _alignment(directory: Path, base: str | None, data: str, count: int, console: Console) -> Measured:
-    task = "causal-lm" if read_labels(directory) is None else "classification"
-    recipe = parse(
-        {
-            "model": base or base_of(directory),
-            "data": data,
-            "task": task,
-            "max_train_samples": 4 * count,
-            "max_length": 128,
-            "per_device_train_batch_size": 4,
-            "init_batches": count,
-        }
-    )
-    prepared = run.check(run.load(recipe, console), console)
-    shown = list(prepared.batches)
-    prepared.trainer.release()
-    rw.load(prepared.model, directory, trainable=True)
-    with start.shown(shown, "Comparing with full fine-tuning's step", console) as watched:
-        return every_first_step(prepared.model, watched)
 
 
 def _watch(name: str, console: Console) -> Any:

@@ -1,0 +1,37 @@
+"""The alignment of a saved adapter, on batches of real data as training would see them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+import rankwise as rw
+from rankwise.analysis import every_first_step
+from rankwise.train import run, start
+from rankwise.train.labels import read_labels
+from rankwise.train.merged import base_of
+from rankwise.train.recipe import parse
+from rankwise.train.report_parts import Measured
+
+
+def alignment_on(directory: Path, base: str | None, data: str, count: int, console: Console) -> Measured:
+    """How far a saved adapter's next step agrees with full fine-tuning's, on the first batches of some data."""
+    task = "causal-lm" if read_labels(directory) is None else "classification"
+    recipe = parse(
+        {
+            "model": base or base_of(directory),
+            "data": data,
+            "task": task,
+            "max_train_samples": 4 * count,
+            "max_length": 128,
+            "per_device_train_batch_size": 4,
+            "init_batches": count,
+        }
+    )
+    prepared = run.check(run.load(recipe, console), console)
+    shown = list(prepared.batches)
+    prepared.trainer.release()
+    rw.load(prepared.model, directory, trainable=True)
+    with start.shown(shown, "Comparing with full fine-tuning's step", console) as watched:
+        return every_first_step(prepared.model, watched)
