@@ -102,7 +102,7 @@ def intrinsic_panel(found: IntrinsicDimension, unit: str) -> Panel:
         levels = {"pretrained": found.pretrained, f"goal: {SHARE:.0%}": found.goal, "all weights": found.full.loss}
         for label, loss in levels.items():
             axes.axhline(loss, color=INK, linewidth=0.9, linestyle=":", alpha=0.7)
-            axes.annotate(label, (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            axes.annotate(label, (1.01, loss), xycoords=("axes fraction", "data"), va="center")
         axes.set_xscale("log", base=2)
         axes.set(xlabel="dimension d of the subspace", ylabel=f"held-out loss ({unit})")
         axes.grid(linewidth=0.6)
