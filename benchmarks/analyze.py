@@ -18,8 +18,8 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.adapter import Adapter, SiteAdapter
-from rankwise.checkpoint.peft_format import read_adapter, write_adapter
-from rankwise.lowrank import LowRank
+from rankwise.algebra.low_rank import LowRank
+from rankwise.format.peft import read_adapter, write_adapter
 from rankwise.report.measure import measure
 from rankwise.train.pretrained import load_pretrained
 

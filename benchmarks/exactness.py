@@ -12,8 +12,8 @@ from common import MODEL, batches, machine, write
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import rankwise as rw
+from rankwise.algebra.low_rank import LowRank, difference
 from rankwise.inits import INITS
-from rankwise.lowrank import LowRank, difference
 from rankwise.sites import Site
 from rankwise.train.pretrained import load_pretrained
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import rankwise as rw
 from rankwise.evidence.sketch import _Running
-from rankwise.layers import Outer
+from rankwise.layers.increments import Outer
 from rankwise.train.pretrained import load_pretrained
 
 RANK = 8

@@ -29,10 +29,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama, write_pairs
 
-from rankwise.checkpoint import directory as checkpoints
 from rankwise.errors import CheckpointError
+from rankwise.train import checkpoints, run
 from rankwise.train import recipe as recipes
-from rankwise.train import run
 from rankwise.train.trainer import AdapterTrainer
 
 SILENT = Console(quiet=True)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import BrokenFile
-from rankwise.layers import is_quantised, kind_of
-from rankwise.lowrank import LowRank
+from rankwise.layers.kinds import kind_of
+from rankwise.layers.quantised import is_quantised
 from rankwise.shapes import Int
 from rankwise.spec import LoRA
 from rankwise.variants import FoldableLayer

@@ -10,24 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import AttachError, EvidenceError, SpecError, TargetError
-from rankwise.evidence import input_covariances, input_directions, stored_weights
-from rankwise.evidence.exact import groups_within
-from rankwise.evidence.gradients import (
-    AUTO_BUDGET,
-    OVERSAMPLE,
-    choose_method,
-    exact_in_groups,
-    sketch_with_warning,
-)
-from rankwise.inits import Init, Kaiming, Loftq
-from rankwise.inits.base import EVIDENCE, EvidenceNeed
-from rankwise.layers import KINDS, forbid_repacking, is_quantised, kind_of, parameter_owners
-from rankwise.plan import modules_saved_whole, plan, target_layers
-from rankwise.saved import check_copyable, drop_copies, show_originals
-from rankwise.shapes import Float
-from rankwise.sites import Site, Start, site_generator
-from rankwise.slots import (
+from rankwise.adapted.slots import (
     adapter_layers,
     adapter_name,
     check_new_name,
@@ -43,6 +26,24 @@ from rankwise.slots import (
     switched_off,
     uninstall,
 )
+from rankwise.adapted.whole_modules import check_copyable, drop_copies, show_originals
+from rankwise.errors import AttachError, EvidenceError, SpecError, TargetError
+from rankwise.evidence import input_covariances, input_directions, stored_weights
+from rankwise.evidence.exact import groups_within
+from rankwise.evidence.gradients import (
+    AUTO_BUDGET,
+    OVERSAMPLE,
+    choose_method,
+    exact_in_groups,
+    sketch_with_warning,
+)
+from rankwise.inits import Init, Kaiming, Loftq
+from rankwise.inits.base import EVIDENCE, EvidenceNeed
+from rankwise.layers.kinds import KINDS, kind_of, parameter_owners
+from rankwise.layers.quantised import forbid_repacking, is_quantised
+from rankwise.plan import modules_saved_whole, plan, target_layers
+from rankwise.shapes import Float
+from rankwise.sites import Site, Start, site_generator
 from rankwise.spec import Bottleneck, LoRA
 from rankwise.variants import BottleneckLayer, FoldableLayer, FoldedLora, FoldedLoraLayer, PairLayer, Variant
 
@@ -305,7 +306,7 @@ def _fold_starts(model: nn.Module, built: Mapping[str, FoldableLayer]) -> None:
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take adapters off; without a name all of them. What is left is the pretrained model, bit for bit.
 
-    Also undoes :func:`rankwise.merge`. Returns the same model.
+    Also undoes :func:`rankwise.adapted.merge`. Returns the same model.
 
     Raises:
         AttachError: the model carries no adapter (of that name).

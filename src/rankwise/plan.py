@@ -6,11 +6,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import nn
 
 from rankwise.errors import SpecError, TargetError
-from rankwise.layers import EmbeddingKind, kind_of
+from rankwise.layers.kinds import EmbeddingKind, kind_of
+from rankwise.methods import nearest
 from rankwise.patterns import matching, matching_ends, names_by_end
-from rankwise.registry import nearest
-from rankwise.saved import SAVED, SLOT
-from rankwise.sites import Site
+from rankwise.sites import SAVED, SLOT, Site
 from rankwise.spec import LoRA
 from rankwise.variants import Variant
 

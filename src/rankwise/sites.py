@@ -9,6 +9,9 @@ from torch import Tensor
 
 from rankwise.shapes import Float
 
+SLOT = "rankwise"  # the child module's name on an adapted layer
+SAVED = "rankwise_saved"  # the child module's name on a module that owns such tensors
+
 
 @dataclass(frozen=True)
 class Site:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from rankwise.errors import SpecError, TargetError
 from rankwise.inits import INITS, Init
+from rankwise.methods import as_plain, name_of, nearest, resolve
 from rankwise.patterns import check_expressions
-from rankwise.registry import as_plain, name_of, nearest, resolve
 from rankwise.scaling import SCALINGS
 from rankwise.variants import ACTIVATIONS, VARIANTS, Variant
 

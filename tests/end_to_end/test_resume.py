@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from rankwise.checkpoint.directory import checkpoints
 from rankwise.cli import app
 from rankwise.errors import (
     BrokenFile,
@@ -31,6 +30,7 @@ from rankwise.errors import (
 )
 from rankwise.train import recipe as recipes
 from rankwise.train import run
+from rankwise.train.checkpoints import checkpoints
 from rankwise.train.progress import ProgressBar
 from rankwise.train.run_lock import only_writer
 

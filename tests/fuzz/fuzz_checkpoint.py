@@ -17,7 +17,8 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 with atheris.instrument_imports(include=["rankwise"]):
-    from rankwise.checkpoint import inspect, read_adapter
+    from rankwise.format.peft import read_adapter
+    from rankwise.inspection.inspection import inspect
 from fuzz.checkpoint_directory import packed, sound_directories, unpack
 
 from rankwise.errors import RankwiseError

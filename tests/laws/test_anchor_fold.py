@@ -19,9 +19,9 @@ from zoo import (
 )
 
 import rankwise as rw
+from rankwise.adapted.slots import adapter_layers
 from rankwise.errors import AttachError, SpecError
 from rankwise.inits import INITS
-from rankwise.slots import adapter_layers
 
 NAMES = ["linear", "conv1d", "conv2d", "conv2d_grouped", "embedding"]
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from zoo import perturb
 
 import rankwise as rw
+from rankwise.adapted.slots import adapter_layers
 from rankwise.inits import INITS
-from rankwise.slots import adapter_layers
 
 SIZE, TOKENS = 1024, 64
 

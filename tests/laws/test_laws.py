@@ -15,11 +15,11 @@ from torch import Tensor
 from zoo import DTYPES, LAYERS, RANK, TOLERANCE, Zoo, base_bytes, clone, fingerprint, perturb, relative, zoo_and_inputs
 
 import rankwise as rw
+from rankwise.adapted.slots import adapter_layers
 from rankwise.attach import base_matrix
 from rankwise.inits import INITS
-from rankwise.layers import kind_of
+from rankwise.layers.kinds import kind_of
 from rankwise.scaling import SCALINGS
-from rankwise.slots import adapter_layers
 from rankwise.variants import VARIANTS
 
 LAST = list(SCALINGS)[-1]
@@ -265,7 +265,7 @@ def test_a_loaded_adapter_trains_on(case, tmp_path: Path):
 
 
 def test_the_exact_state_resumes_bit_for_bit(case, tmp_path: Path):
-    from rankwise.checkpoint import load_state, save_state
+    from rankwise.format.state import load_state, save_state
 
     case.trained()
     save_state(case.model, tmp_path)

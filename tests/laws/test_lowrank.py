@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import DTYPES, relative
 
-from rankwise.lowrank import LowRank, captured, difference, truncated_svd
+from rankwise.algebra.low_rank import LowRank, captured, difference
+from rankwise.algebra.svd import truncated_svd
 
 sizes = st.integers(1, 9)
 scales = st.sampled_from([1.0, -2.0, 0.5, 1e-3, 16 / 8**0.5])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
-from rankwise.slots import adapter_layers
+from rankwise.adapted.slots import adapter_layers
 
 
 def conv1d() -> nn.Module:

@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from zoo import DTYPES, LAYERS, TOLERANCE, Zoo, clone, perturb, relative, zoo_and_inputs
 
 import rankwise as rw
+from rankwise.adapted.slots import adapter_layers
 from rankwise.errors import UnsupportedAdapter
 from rankwise.inits import INITS
 from rankwise.scaling import SCALINGS
-from rankwise.slots import adapter_layers
 from rankwise.variants import VARIANTS
 
 pytestmark = [

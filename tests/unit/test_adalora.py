@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import rankwise as rw
-from rankwise.checkpoint import load_state, save_state
 from rankwise.errors import AttachError, MissingTensor, SpecError, TrainingError
+from rankwise.format.state import load_state, save_state
 from rankwise.optim import RankAllocator
 from rankwise.optim.rank_allocator import adalora_layers, cubic_budget, most_important
 from rankwise.train.adalora_callback import AdaLoraCallback

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from zoo import TOLERANCE, relative
 
 import rankwise as rw
-from rankwise.add_low_rank import _mask, add_low_rank
-from rankwise.slots import adapter_layers
+from rankwise.adapted.slots import adapter_layers
+from rankwise.layers.low_rank_product import _mask, add_low_rank
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, seed: int) -> Tensor:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.adapted.slots import slots
 from rankwise.analysis import Alignment, alignment, first_step, first_steps, full_step
 from rankwise.errors import AttachError, EvidenceError, SpecError
-from rankwise.slots import slots
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 

@@ -13,7 +13,6 @@ from torch import nn
 from zoo import left_as_it_was, perturb, zoo_and_inputs
 
 import rankwise as rw
-from rankwise.checkpoint import inspect, load_state, save_state
 from rankwise.errors import (
     BaseMismatch,
     BrokenFile,
@@ -26,6 +25,8 @@ from rankwise.errors import (
     UnsafeFile,
     UnsupportedAdapter,
 )
+from rankwise.format.state import load_state, save_state
+from rankwise.inspection.inspection import inspect
 
 NAMES = ["linear", "wide", "conv2d", "conv2d_grouped", "embedding"]
 KEY = "base_model.model."

@@ -11,7 +11,6 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.checkpoint import load_state, save_state
 from rankwise.errors import (
     AttachError,
     BaseMismatch,
@@ -22,6 +21,7 @@ from rankwise.errors import (
     TargetError,
     UnexpectedTensor,
 )
+from rankwise.format.state import load_state, save_state
 
 
 class Block(nn.Module):

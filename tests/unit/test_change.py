@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankwise.algebra.low_rank import LowRank
 from rankwise.analysis import (
     effective_rank,
     energy_captured,
@@ -17,7 +18,6 @@ from rankwise.analysis import (
 )
 from rankwise.analysis.change import NF4_LEVELS, _nf4
 from rankwise.errors import SpecError
-from rankwise.lowrank import LowRank
 
 shapes = st.tuples(st.integers(2, 40), st.integers(2, 40), st.integers(1, 6), st.integers(0, 10**6))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.checkpoint.directory import (
+from rankwise.errors import BrokenFile
+from rankwise.train.checkpoints import (
     MANIFEST,
     PARTIAL,
     begin,
@@ -21,7 +22,6 @@ from rankwise.checkpoint.directory import (
     publish,
     set_aside,
 )
-from rankwise.errors import BrokenFile
 
 FILES = {"optimizer.pt": 3000, "adapter_model.safetensors": 1500, "state/scheduler.pt": 40, "empty.txt": 0}
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rankwise as rw
+from rankwise.adapted.slots import adapter_layers
 from rankwise.errors import AttachError, MissingTensor, ShapeMismatch, UnexpectedTensor
-from rankwise.slots import adapter_layers
 from rankwise.variants import DoraLayer
 from rankwise.variants.dora import MAGNITUDE, row_norms
 

@@ -11,7 +11,7 @@ from zoo import LAYERS, left_as_it_was, relative, zoo_and_inputs
 
 import rankwise as rw
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient, TargetError
-from rankwise.layers import kind_of
+from rankwise.layers.kinds import kind_of
 
 
 def autograd(model: nn.Module, batches: list, loss) -> dict[str, Tensor]:

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from zoo import perturb, zoo_and_inputs
 
 import rankwise as rw
-from rankwise.checkpoint import inspect
-from rankwise.checkpoint.engines import ENGINES
+from rankwise.adapted.slots import adapter_layers
 from rankwise.cli import app
 from rankwise.errors import BrokenFile, UnexpectedTensor
-from rankwise.slots import adapter_layers
+from rankwise.inspection.engines import ENGINES
+from rankwise.inspection.inspection import inspect
 
 run = CliRunner()
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
@@ -194,7 +194,7 @@ def test_a_hostile_file_takes_neither_memory_nor_time(tmp_path: Path):
     text = json.dumps(header, separators=(",", ":")).encode()
     (tmp_path / "adapter_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     code = (
-        "import re, sys, time; from pathlib import Path; from rankwise.checkpoint import inspect\n"
+        "import re, sys, time; from pathlib import Path; from rankwise.inspection.inspection import inspect\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024\n"
         "peak_before, before = peak(), time.process_time(); assert inspect(sys.argv[1]).problems\n"
         "print(time.process_time() - before, peak() - peak_before)"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.adapted.slots import slots
 from rankwise.errors import AttachError, SpecError
 from rankwise.optim import derived_ratio
-from rankwise.slots import slots
 
 
 class Net(nn.Module):

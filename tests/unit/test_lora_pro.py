@@ -14,11 +14,11 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.adapted.slots import slots
 from rankwise.errors import CheckpointError, SpecError, TrainingError
+from rankwise.methods import resolve
 from rankwise.optim import OPTIMIZERS, LoraPro, OptimizerChoice
 from rankwise.optim.lora_pro import FORMS, adam_direction, equivalent_gradient, equivalent_gradients
-from rankwise.registry import resolve
-from rankwise.slots import slots
 
 S = 1.7
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.checkpoint import load_state, save_state
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, TargetError, UnexpectedTensor
+from rankwise.format.state import load_state, save_state
 
 
 class Classifier(nn.Module):

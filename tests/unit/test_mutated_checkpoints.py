@@ -19,8 +19,8 @@ from torch import nn
 from zoo import fingerprint, zoo_and_inputs
 
 import rankwise as rw
-from rankwise.checkpoint import inspect
 from rankwise.errors import RankwiseError
+from rankwise.inspection.inspection import inspect
 
 SECONDS = 5.0  # for one directory; a pattern may take two
 

@@ -11,11 +11,11 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.adapter import Adapter, SiteAdapter
+from rankwise.algebra.low_rank import LowRank
 from rankwise.analysis import Alignment
-from rankwise.checkpoint.install import portable
-from rankwise.checkpoint.peft_format import read_adapter
 from rankwise.errors import BaseMismatch, RecipeError
-from rankwise.lowrank import LowRank
+from rankwise.format.peft import read_adapter
+from rankwise.format.save_load import portable
 from rankwise.report.drawing import standalone, svg
 from rankwise.report.measure import measure, module_labels, similarities, similarity
 from rankwise.report.page import AdapterPart, Report, check_place, render, write_report

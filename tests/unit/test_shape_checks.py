@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from rankwise.add_low_rank import add_low_rank
-from rankwise.lowrank import LowRank, difference
+from rankwise.algebra.low_rank import LowRank, difference
+from rankwise.layers.low_rank_product import add_low_rank
 
 
 def test_a_wrong_shape_raises():

@@ -6,7 +6,7 @@ from torch import nn
 
 import rankwise as rw
 from rankwise.evidence.sketch import SketchedGradient
-from rankwise.layers import CONV2D, LINEAR
+from rankwise.layers.kinds import CONV2D, LINEAR
 
 
 def decaying(tokens: int, out: int, into: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

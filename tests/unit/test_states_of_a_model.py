@@ -8,8 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankwise as rw
-from rankwise.checkpoint import load_state, save_state
 from rankwise.errors import AttachError, BaseMismatch, BrokenFile, EvidenceError, SpecError, SpecMismatch
+from rankwise.format.state import load_state, save_state
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 

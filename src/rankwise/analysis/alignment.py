@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapted.slots import host
+from rankwise.algebra.low_rank import LowRank
 from rankwise.attach import pairs
 from rankwise.errors import AttachError, SpecError
 from rankwise.evidence import exact_gradients
-from rankwise.lowrank import LowRank
-from rankwise.registry import nearest
+from rankwise.methods import nearest
 from rankwise.shapes import Float
-from rankwise.slots import host
 from rankwise.variants import FoldedLoraLayer, LoraLayer
 
 

@@ -6,9 +6,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import SpecError
-from rankwise.lowrank import LowRank, truncated_svd
-from rankwise.registry import nearest
+from rankwise.methods import nearest
 from rankwise.shapes import Float
 
 _ROWS_OF = 2**18  # numbers that are folded at a time

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import SpecError
-from rankwise.lowrank import LowRank, truncated_svd
 from rankwise.shapes import Float, Int
 
 

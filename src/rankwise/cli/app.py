@@ -176,8 +176,8 @@ def inspect_adapter(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Say what is in an adapter directory, without trusting it or loading a model. Exit code 1 if `load` refuses it."""
-    from rankwise.checkpoint import inspect
     from rankwise.cli.inspection import report
+    from rankwise.inspection.inspection import inspect
 
     found = inspect(adapter)
     if as_json:

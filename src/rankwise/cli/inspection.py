@@ -11,8 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.checkpoint import Inspection
-from rankwise.checkpoint.inspection import SiteFacts
+from rankwise.inspection.inspection import Inspection, SiteFacts
 
 _COLOURS = {"yes": "green", "after export": "yellow", "no": "red"}
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import EvidenceError, NonFiniteActivation
-from rankwise.evidence.passes import each_batch, hooked, layer_input, run_forward, undisturbed
 from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
-from rankwise.layers import Kind, kind_of
-from rankwise.lowrank import truncated_svd
+from rankwise.evidence.undisturbed import each_batch, hooked, layer_input, run_forward, undisturbed
+from rankwise.layers.kinds import Kind, kind_of
 from rankwise.plan import target_layers
 from rankwise.shapes import Float
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rankwise.add_low_rank import writable
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
-from rankwise.evidence.passes import each_batch, hooked, layer_input, run_forward, undisturbed
-from rankwise.layers import Kind, forbid_repacking
+from rankwise.evidence.undisturbed import each_batch, hooked, layer_input, run_forward, undisturbed
+from rankwise.layers.kinds import Kind
+from rankwise.layers.low_rank_product import writable
+from rankwise.layers.quantised import forbid_repacking
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Observer = Callable[[str, Kind, nn.Module, Tensor, Tensor], None]

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.backward import Loss, run_backward
 from rankwise.evidence.processes import failing_together, summed, total
-from rankwise.layers import Kind, kind_of
-from rankwise.lowrank import truncated_svd
+from rankwise.layers.kinds import Kind, kind_of
 from rankwise.shapes import Float
 
 

@@ -12,10 +12,10 @@ from rankwise.errors import EvidenceError
 from rankwise.evidence.backward import Loss
 from rankwise.evidence.cache import Gradients, cached, fingerprint
 from rankwise.evidence.exact import ExactGradient, exact_gradients, gradient_bytes, groups_within
-from rankwise.evidence.passes import each_batch, undisturbed
 from rankwise.evidence.sketch import SketchedGradient, sketched_gradients
+from rankwise.evidence.undisturbed import each_batch, undisturbed
+from rankwise.methods import nearest
 from rankwise.plan import target_layers
-from rankwise.registry import nearest
 
 log = logging.getLogger("rankwise")
 

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.backward import Loss, run_backward
-from rankwise.evidence.passes import each_batch
 from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
-from rankwise.layers import Increment, Kind, kind_of
-from rankwise.lowrank import LowRank
+from rankwise.evidence.undisturbed import each_batch
+from rankwise.layers.increments import Increment
+from rankwise.layers.kinds import Kind, kind_of
 from rankwise.shapes import Float
 from rankwise.sites import site_generator
 

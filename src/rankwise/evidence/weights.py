@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError
-from rankwise.layers import kind_of
+from rankwise.layers.kinds import kind_of
 from rankwise.plan import target_layers
 from rankwise.shapes import Float
 

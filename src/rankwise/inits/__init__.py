@@ -12,7 +12,7 @@ from rankwise.inits.lora_one import LoraOne
 from rankwise.inits.milora import Milora
 from rankwise.inits.olora import Olora
 from rankwise.inits.pissa import Pissa
-from rankwise.registry import Entry
+from rankwise.methods import Entry
 from rankwise.sites import Start
 
 INITS: dict[str, Entry] = {

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from rankwise.algebra.svd import smallest_svd, truncated_svd
 from rankwise.errors import EvidenceError, SpecError
 from rankwise.inits.base import CovarianceEvidence, EvidenceNeed, Init, balanced_start
-from rankwise.lowrank import smallest_svd, truncated_svd
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
+from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import EvidenceError
 from rankwise.inits.base import EvidenceNeed, Init, balanced_start
-from rankwise.lowrank import truncated_svd
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import EvidenceError, SpecError
 from rankwise.inits.adam_alignment import align_with_adam, compare_with_adam
 from rankwise.inits.base import EvidenceNeed, ExactEvidence, GradientEvidence, Init
-from rankwise.lowrank import truncated_svd
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 

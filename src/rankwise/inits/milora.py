@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from rankwise.algebra.svd import smallest_svd
 from rankwise.inits.base import Init, balanced_start
-from rankwise.lowrank import smallest_svd
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 

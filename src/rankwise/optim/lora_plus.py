@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from rankwise.adapted.slots import host, slots
 from rankwise.errors import AttachError
 from rankwise.optim.checks import check_number
-from rankwise.slots import host, slots
 from rankwise.variants import PairLayer
 
 

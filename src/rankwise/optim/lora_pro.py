@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.algebra.low_rank import LowRank
 from rankwise.attach import Pair, pairs
 from rankwise.errors import CheckpointError, SpecError, TrainingError
-from rankwise.lowrank import LowRank
+from rankwise.methods import nearest
 from rankwise.optim.checks import check_betas, check_number
-from rankwise.registry import nearest
 from rankwise.shapes import Float
 from rankwise.variants import LoraLayer
 

@@ -1,6 +1,6 @@
 """AdaLoRA's rank allocator (Zhang 2023, arXiv 2303.10512, algorithm 1): one budget of ranks for all sites.
 
-Its only state are buffers of the adapter layers, so a model's ``state_dict`` and ``rankwise.checkpoint.save_state``
+Its only state are buffers of the adapter layers, so a model's ``state_dict`` and ``rankwise.format.state.save_state``
 carry it: a resumed run makes a new allocator and goes on.
 """
 

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from rankwise.methods import Entry
 from rankwise.optim.lora_plus import param_groups
 from rankwise.optim.lora_pro import LoraPro
-from rankwise.registry import Entry
 
 
 class OptimizerChoice(ABC):

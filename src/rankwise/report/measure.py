@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapter import Adapter, SiteAdapter
+from rankwise.algebra.low_rank import LowRank
 from rankwise.analysis import (
     Amplification,
     amplification,
@@ -22,8 +23,7 @@ from rankwise.analysis import (
     subspace_similarity,
 )
 from rankwise.errors import BaseMismatch
-from rankwise.layers import kind_of
-from rankwise.lowrank import LowRank
+from rankwise.layers.kinds import kind_of
 
 LOST_TO = ("bfloat16", "nf4")
 INTRUDERS_AMONG = 10

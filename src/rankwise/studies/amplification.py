@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from rankwise.checkpoint.peft_format import read_adapter
+from rankwise.format.peft import read_adapter
 from rankwise.report.measure import SiteMeasures, measure
 from rankwise.studies.arms import Arm
 from rankwise.studies.runs import Runs

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rankwise.errors import RecipeError
 from rankwise.files import write_file
-from rankwise.registry import nearest
+from rankwise.methods import nearest
 from rankwise.report import figures as report_figures
 from rankwise.report.figures import Panel
 from rankwise.report.measure import by_module

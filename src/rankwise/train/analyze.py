@@ -11,9 +11,9 @@ from rich.progress import track
 
 import rankwise as rw
 from rankwise.adapter import Adapter
-from rankwise.checkpoint.peft_format import TENSORS, read_adapter
 from rankwise.errors import BrokenFile, RecipeError
 from rankwise.files import read_json, sha256
+from rankwise.format.peft import TENSORS, read_adapter
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Report
 from rankwise.train.generation import before_and_after, refuse_classifier

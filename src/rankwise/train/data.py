@@ -16,7 +16,7 @@ from datasets import Dataset
 from pyarrow import parquet
 
 from rankwise.errors import DataError
-from rankwise.registry import nearest
+from rankwise.methods import nearest
 from rankwise.train.kjv import kjv_records
 from rankwise.train.movie_reviews import movie_review_records
 from rankwise.train.recipe import Recipe

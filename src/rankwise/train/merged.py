@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
+from rankwise.adapted.merge import MOST_LOST, MergeReport
 from rankwise.errors import BaseMismatch, MergeError
 from rankwise.files import read_json
-from rankwise.merge import MOST_LOST, MergeReport
 from rankwise.train.labels import read_labels
 from rankwise.train.pretrained import load_classifier, load_pretrained
 
@@ -46,7 +46,7 @@ def save_merged(
     `out` comes into being whole, by a rename at the end, or not at all.
 
     Args:
-        most_lost: as for :func:`rankwise.merge`.
+        most_lost: as for :func:`rankwise.adapted.merge`.
         max_shard_size: of one file of weights, as transformers takes it.
 
     Raises:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import PretrainedError
-from rankwise.registry import nearest
+from rankwise.methods import nearest
 
 TASKS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,

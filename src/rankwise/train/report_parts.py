@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rankwise.adapter import Adapter
 from rankwise.analysis import Alignment
-from rankwise.checkpoint import inspect
+from rankwise.inspection.inspection import inspect
 from rankwise.report.measure import SiteMeasures
 from rankwise.report.page import AdapterPart
 from rankwise.train.generation import Sample

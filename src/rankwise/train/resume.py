@@ -9,10 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from rankwise.checkpoint import directory as checkpoints
 from rankwise.errors import CheckpointError, SpecMismatch
 from rankwise.files import read_json
-from rankwise.train import exact_resume
+from rankwise.train import checkpoints, exact_resume
 from rankwise.train.recipe import Recipe
 
 

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
 from rankwise.adapter import Adapter
-from rankwise.checkpoint.install import portable
 from rankwise.errors import RunStopped
 from rankwise.files import check_directory_name
+from rankwise.format.save_load import portable
 from rankwise.report.curve import save_loss_curve
 from rankwise.report.figures import points
 from rankwise.report.page import write_report

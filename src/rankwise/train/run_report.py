@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import rankwise as rw
 from rankwise.adapter import Adapter
-from rankwise.checkpoint.peft_format import read_adapter
+from rankwise.format.peft import read_adapter
 from rankwise.report.figures import History
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Alignments, Report

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import rankwise as rw
+from rankwise.adapted.slots import adapter_layers, adapter_name
 from rankwise.errors import NoGradient, TrainingError
-from rankwise.slots import adapter_layers, adapter_name
 
 _ADAM = 2  # numbers that it keeps for each trained one
 

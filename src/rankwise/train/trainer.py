@@ -19,11 +19,10 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from trl import SFTConfig, SFTTrainer
 
 import rankwise as rw
-from rankwise.checkpoint import directory as checkpoints
-from rankwise.checkpoint import load_state, save_state
+from rankwise.adapted.slots import find_record
 from rankwise.errors import CheckpointError, OutOfMemory, RecipeError, TrainingError
-from rankwise.slots import find_record
-from rankwise.train import exact_resume
+from rankwise.format.state import load_state, save_state
+from rankwise.train import checkpoints, exact_resume
 from rankwise.train.preflight import ROW
 from rankwise.train.recipe import Recipe
 

@@ -1,6 +1,6 @@
 """Variants: what is done with the pair. One file a method, one line in the table."""
 
-from rankwise.registry import Entry
+from rankwise.methods import Entry
 from rankwise.variants.adalora import AdaLora, AdaLoraLayer
 from rankwise.variants.base import AdapterLayer, FoldableLayer, PairLayer, Variant
 from rankwise.variants.bottleneck import ACTIVATIONS, BottleneckLayer

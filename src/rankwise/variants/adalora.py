@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import SpecError
-from rankwise.layers import Kind
-from rankwise.lowrank import LowRank
+from rankwise.layers.kinds import Kind
 from rankwise.shapes import Bool, Float
 from rankwise.sites import Site, Start
 from rankwise.variants.base import ALL, PairLayer, Variant

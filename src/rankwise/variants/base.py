@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from rankwise.layers import Kind
-from rankwise.lowrank import LowRank
+from rankwise.algebra.low_rank import LowRank
+from rankwise.layers.kinds import Kind
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 

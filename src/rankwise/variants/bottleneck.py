@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from rankwise.layers import Kind
+from rankwise.layers.kinds import Kind
 from rankwise.sites import Site
 from rankwise.variants.base import AdapterLayer
 

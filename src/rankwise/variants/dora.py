@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import MissingTensor, ShapeMismatch
-from rankwise.layers import Kind
-from rankwise.lowrank import LowRank
+from rankwise.layers.kinds import Kind
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 from rankwise.variants.base import ALL, Variant

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from rankwise.layers import Kind
-from rankwise.lowrank import LowRank, difference
+from rankwise.algebra.low_rank import LowRank, difference
+from rankwise.layers.kinds import Kind
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 from rankwise.variants.base import ALL, PairLayer, Variant

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapted.slots import Slot, forget_compiled, host, put_slot, remove_slot, slots, uninstall
 from rankwise.errors import MergeError
-from rankwise.layers import is_quantised, parameter_owners
+from rankwise.layers.kinds import parameter_owners
+from rankwise.layers.quantised import is_quantised
 from rankwise.shapes import Float, Shaped
-from rankwise.slots import Slot, forget_compiled, host, put_slot, remove_slot, slots, uninstall
 from rankwise.variants import FoldableLayer
 
 

@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapted.slots import adapter_layers, adapter_name, check_new_name, host, install, root, switched_off
+from rankwise.adapted.whole_modules import check_copyable, copied_values
 from rankwise.adapter import Adapter, SiteAdapter, extract, probe
-from rankwise.checkpoint.bottleneck_format import PEFT_TYPE, read_bottlenecks, write_bottlenecks
-from rankwise.checkpoint.peft_format import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
+from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
-from rankwise.layers import Kind, dequantised, forbid_repacking, is_quantised, kind_of
-from rankwise.lowrank import LowRank
+from rankwise.format.bottleneck import PEFT_TYPE, read_bottlenecks, write_bottlenecks
+from rankwise.format.peft import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
+from rankwise.layers.kinds import Kind, kind_of
+from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantised
+from rankwise.methods import nearest
 from rankwise.patterns import ends_of
 from rankwise.plan import keys_under, modules_saved_whole
-from rankwise.registry import nearest
-from rankwise.saved import SAVED, check_copyable, copied_values
-from rankwise.sites import Site
-from rankwise.slots import adapter_layers, adapter_name, check_new_name, host, install, root, switched_off
+from rankwise.sites import SAVED, Site
 from rankwise.spec import Bottleneck
 from rankwise.variants import FoldableLayer, Variant
 
@@ -75,7 +76,7 @@ def load(
         name: what to call it here.
         allow_other_base: load although the recorded base weights differ from this model's.
         modules_to_save: the modules that the file may replace whole, by (the last parts of) their names; () for none.
-            Default: those that its own configuration names, as PEFT does. ``rankwise.checkpoint.inspect`` lists them.
+            Default: those that its own configuration names, as PEFT does. ``rankwise.inspection.inspect`` lists them.
 
     Returns:
         The same model.

@@ -11,9 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
-
-SLOT = "rankwise"  # the child module's name on an adapted layer
-SAVED = "rankwise_saved"  # the child module's name on a module that owns such tensors
+from rankwise.sites import SAVED, SLOT
 
 
 class Tensors(nn.Module):

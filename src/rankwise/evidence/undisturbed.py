@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError
-from rankwise.layers import Kind, kind_of
+from rankwise.layers.kinds import Kind, kind_of
 
 
 def each_batch(batches: Iterable[Any]) -> Iterator[Any]:

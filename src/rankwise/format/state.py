@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rankwise.adapted.slots import adapter_layers, adapter_name, host
+from rankwise.adapted.whole_modules import copied_values
 from rankwise.errors import MissingTensor, ShapeMismatch, SpecMismatch, UnexpectedTensor
 from rankwise.files import read_tensors, write_tensors
-from rankwise.saved import copied_values
-from rankwise.slots import adapter_layers, adapter_name, host
 
 STATE = "rankwise_state.safetensors"
 

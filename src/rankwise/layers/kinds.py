@@ -4,58 +4,18 @@ Everything else in the library works on that matrix: a Conv1D's and an Embedding
 flattened to [out, in·kh·kw]. ``lora_A`` is [r, in] and ``lora_B`` [out, r] for all of them.
 """
 
-import importlib
 from abc import ABC, abstractmethod
-from copy import copy
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.add_low_rank import add_low_rank, as_rows
-from rankwise.errors import AttachError, EvidenceError
+from rankwise.errors import EvidenceError
+from rankwise.layers.increments import Dense, Increment, Outer
+from rankwise.layers.low_rank_product import add_low_rank, as_rows
+from rankwise.layers.quantised import dequantised
 from rankwise.shapes import Float, Shaped
-
-
-class Increment(ABC):
-    """What one backward pass through a layer adds to its weight gradient, [out, in], by its products only."""
-
-    @abstractmethod
-    def times(self, Q: Float[Tensor, "in q"]) -> Float[Tensor, "out q"]:
-        """G Q, in Q's dtype."""
-
-    @abstractmethod
-    def transposed_times(self, P: Float[Tensor, "out q"]) -> Float[Tensor, "in q"]:
-        """Gᵀ P, in P's dtype."""
-
-
-@dataclass(frozen=True, eq=False)
-class Outer(Increment):
-    """dYᵀX for inputs X [t, in] and output gradients dY [t, out]; never formed."""
-
-    x: Float[Tensor, "t in"]
-    grad_y: Float[Tensor, "t out"]
-
-    def times(self, Q: Tensor) -> Tensor:
-        return (self.grad_y.T @ (self.x @ Q.to(self.x.dtype)).to(self.grad_y.dtype)).to(Q.dtype)
-
-    def transposed_times(self, P: Tensor) -> Tensor:
-        return (self.x.T @ (self.grad_y @ P.to(self.grad_y.dtype)).to(self.x.dtype)).to(P.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class Dense(Increment):
-    """The gradient itself, where the layer gives no cheaper form."""
-
-    matrix: Float[Tensor, "out in"]
-
-    def times(self, Q: Tensor) -> Tensor:
-        return self.matrix @ Q.to(self.matrix.dtype)
-
-    def transposed_times(self, P: Tensor) -> Tensor:
-        return self.matrix.T @ P.to(self.matrix.dtype)
 
 
 class Kind(ABC):
@@ -304,61 +264,3 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
         for name, parameter in module._parameters.items():
             owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
     return owners
-
-
-def is_quantised(layer: Any) -> bool:
-    """Whether the layer's weight is stored in another form than plain floating point numbers."""
-    weight = layer.weight
-    return not weight.is_floating_point() or type(weight.data) is not Tensor
-
-
-def dequantised(layer: Any) -> Tensor:
-    """A linear layer's weight [out, in] in floating point; a view of the parameter where it is not quantised."""
-    weight = layer.weight
-    if not is_quantised(layer):
-        plain: Tensor = weight.detach()
-        return plain
-    backend = type(weight).__module__.partition(".")[0]
-    if backend == "bitsandbytes":
-        functional = importlib.import_module("bitsandbytes.functional")
-        if type(weight).__name__ == "Params4bit":
-            return functional.dequantize_4bit(*_four_bit(weight, functional))  # type: ignore[no-any-return]
-        scales = layer.state.SCB if weight.SCB is None else weight.SCB  # the first forward moves them
-        return functional.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[no-any-return]
-    return weight.detach().dequantize()  # type: ignore[no-any-return]
-
-
-def _four_bit(weight: Any, functional: Any) -> tuple[Tensor, Any]:
-    """A 4-bit weight's data and state, as they were before :func:`_is_repacked`."""
-    if not _is_repacked(weight):
-        return weight.data, weight.quant_state
-    data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, copy(weight.quant_state))
-    if not state.nested:  # which it leaves transposed
-        state.absmax = state.absmax.T.reshape(-1).float()
-    return data, state
-
-
-def _is_repacked(weight: Any) -> bool:
-    return bool(vars(weight.quant_state).get("packing_format_for_cpu"))
-
-
-def forbid_repacking(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit weights in the form that gradients pass through.
-
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 rewrites them for inference at the first forward in evaluation mode: the
-    scales are rounded to bf16, and no gradient reaches what lies below from then on.
-
-    Raises:
-        AttachError: that has happened already.
-    """
-    for path, module in model.named_modules():
-        if ("bitsandbytes.nn.modules", "Linear4bit") not in {(c.__module__, c.__name__) for c in type(module).__mro__}:
-            continue
-        layer: Any = module
-        layer.support_avx512bf16_for_cpu = False
-        if _is_repacked(layer.weight):
-            raise AttachError(
-                f"{path}: bitsandbytes has rewritten this 4-bit weight for inference on this CPU, and no gradient "
-                f"passes it any more; load the base again, and attach or collect gradients before a forward in "
-                f"evaluation mode"
-            )

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapted.whole_modules import add_copies, remove_saved, saved_tensors, show_copies, show_originals
 from rankwise.errors import AttachError, SiteNeverFired
-from rankwise.registry import nearest
-from rankwise.saved import SLOT, add_copies, remove_saved, saved_tensors, show_copies, show_originals
+from rankwise.methods import nearest
+from rankwise.sites import SLOT
 from rankwise.spec import Bottleneck, LoRA
 from rankwise.variants import AdapterLayer, FoldableLayer
 

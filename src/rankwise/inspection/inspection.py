@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rankwise.adapter import SiteAdapter, read_probes
-from rankwise.checkpoint import adalora_format
-from rankwise.checkpoint.bottleneck_format import PEFT_TYPE as BOTTLENECK
-from rankwise.checkpoint.bottleneck_format import bottlenecks_by_site
-from rankwise.checkpoint.engines import Traits, Verdict, verdicts
-from rankwise.checkpoint.peft_format import (
+from rankwise.errors import BrokenFile, MissingTensor, RankwiseError, SpecError, UnsafeFile
+from rankwise.files import check_stays_inside, each_tensor, is_pickle, read_json, tensor_entries
+from rankwise.format import adalora
+from rankwise.format.bottleneck import PEFT_TYPE as BOTTLENECK
+from rankwise.format.bottleneck import bottlenecks_by_site
+from rankwise.format.peft import (
     CONFIG,
     EXTRA,
     PREFIX,
@@ -30,8 +31,7 @@ from rankwise.checkpoint.peft_format import (
     spec_of,
     stray,
 )
-from rankwise.errors import BrokenFile, MissingTensor, RankwiseError, SpecError, UnsafeFile
-from rankwise.files import check_stays_inside, each_tensor, is_pickle, read_json, tensor_entries
+from rankwise.inspection.engines import Traits, Verdict, verdicts
 from rankwise.plan import keys_under
 from rankwise.spec import LoRA
 from rankwise.tensor_header import TensorEntry
@@ -222,7 +222,7 @@ def _sites(
     """The sites that are sound, each read by itself."""
     where = folder / TENSORS
     adalora = config["peft_type"] == "ADALORA"
-    place = adalora_format.site_and_suffix if adalora else site_and_suffix
+    place = adalora.site_and_suffix if adalora else site_and_suffix
     keys: dict[str, list[str]] = {}
     for key, entry in entries.items():
         found = place(key)
@@ -255,7 +255,7 @@ def _site(
     where = folder / TENSORS
     tensors = dict(each_tensor(where, keys))
     if config["peft_type"] == "ADALORA":
-        plain, tensors = adalora_format.as_lora(folder, config, tensors)
+        plain, tensors = adalora.as_lora(folder, config, tensors)
         spec = spec_of(folder / CONFIG, plain)
         given = ranks_and_alphas(folder / CONFIG, spec, [path])
     if given is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankwise.adapter import Adapter, SiteAdapter, read_probes
-from rankwise.checkpoint import adalora_format
+from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import (
     BrokenFile,
     MissingTensor,
@@ -28,7 +28,7 @@ from rankwise.errors import (
     UnsupportedAdapter,
 )
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
-from rankwise.lowrank import LowRank
+from rankwise.format import adalora
 from rankwise.plan import keys_under, pattern_values
 from rankwise.scaling import SCALINGS
 from rankwise.spec import LoRA
@@ -171,7 +171,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     check_supported(where, config)
     tensors = read_tensors(folder / TENSORS)
     if config["peft_type"] == "ADALORA":
-        config, tensors = adalora_format.as_lora(folder, config, tensors)
+        config, tensors = adalora.as_lora(folder, config, tensors)
     extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
     spec = spec_of(where, config)
     saved = _saved_whole(tensors, spec.modules_to_save)

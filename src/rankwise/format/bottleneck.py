@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapter import base_probes, read_probes
-from rankwise.checkpoint.peft_format import CONFIG, TENSORS
 from rankwise.errors import BaseMismatch, BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
-from rankwise.layers import kind_of
-from rankwise.registry import nearest
+from rankwise.format.peft import CONFIG, TENSORS
+from rankwise.layers.kinds import kind_of
+from rankwise.methods import nearest
 from rankwise.sites import Site
 from rankwise.spec import Bottleneck
 from rankwise.variants import AdapterLayer, BottleneckLayer

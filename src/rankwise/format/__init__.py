@@ -1,0 +1,1 @@
+"""Adapters on disk: PEFT's directory format, and the exact state that a resumed run needs."""

@@ -1,0 +1,1 @@
+"""Adapter directories, looked into without trusting them or loading a model."""

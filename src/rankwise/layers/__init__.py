@@ -1,0 +1,1 @@
+"""Layers that carry adapters: their weights as matrices, their gradients, and the low-rank product."""
