@@ -221,8 +221,8 @@ def _sites(
 ) -> Iterator[SiteFacts]:
     """The sites that are sound, each read by itself."""
     where = folder / TENSORS
-    adalora = config["peft_type"] == "ADALORA"
-    place = adalora.site_and_suffix if adalora else site_and_suffix
+    is_adalora = config["peft_type"] == "ADALORA"
+    place = adalora.site_and_suffix if is_adalora else site_and_suffix
     keys: dict[str, list[str]] = {}
     for key, entry in entries.items():
         found = place(key)
@@ -233,7 +233,7 @@ def _sites(
     if not keys:
         problems.found.append(f"MissingTensor: {where}: holds no pair of tensors")
         return
-    given = None if adalora else problems.catch(lambda: ranks_and_alphas(folder / CONFIG, spec, list(keys)))
+    given = None if is_adalora else problems.catch(lambda: ranks_and_alphas(folder / CONFIG, spec, list(keys)))
     for path, own in keys.items():
         site = problems.catch(lambda path=path, own=own: _site(folder, config, spec, path, own, given))  # type: ignore[misc]
         if site is not None:
