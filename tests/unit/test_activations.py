@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise.errors import EvidenceError, NonFiniteActivation
 from rankwise.evidence.activations import RunningSVD
+from rankwise.layers.kinds import CONV2D
 
 
 class Tiny(nn.Module):
@@ -88,7 +89,7 @@ def test_truncation_loses_little_over_many_batches() -> None:
 def test_a_convolutions_inputs_are_what_its_matrix_multiplies(groups: int, options: dict[str, object]) -> None:
     conv = nn.Conv2d(4, 6, 3, groups=groups, bias=False, **options)  # type: ignore[arg-type]
     x = torch.randn(2, 4, 9, 8)
-    rows = rw.layers.CONV2D.inputs(conv, x)  # [2 · groups · positions, in]
+    rows = CONV2D.inputs(conv, x)  # [2 · groups · positions, in]
     per_group = rows.unflatten(0, (2, groups, -1))
     matrices = conv.weight.flatten(1).unflatten(0, (groups, -1))
     y = torch.einsum("bgpi,goi->bgop", per_group, matrices).flatten(1, 2)

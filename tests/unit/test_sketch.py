@@ -193,4 +193,5 @@ def test_every_use_of_a_layer_that_runs_twice_counts(method: str) -> None:
     G = model.layer.weight.grad.clone()
     found = rw.gradients(model, [x], ["layer"], method, rank=5, loss=lambda m, b: m(b))["layer"]
     u, s, v = found.svd(20)
-    torch.testing.assert_close((u * s) @ v.T, G, rtol=1e-3, atol=1e-4 * float(G.abs().max()))
+    # fp32 turns a direction that is kept, at 3e-5 of the largest, by up to 6e-8 / 3e-5; a use left out is off by half.
+    assert torch.linalg.matrix_norm((u * s) @ v.T - G, 2) <= 2e-3 * torch.linalg.matrix_norm(G, 2)
