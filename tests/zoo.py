@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
+from rankwise.variants import VARIANTS
+from rankwise.variants.base import PairVariant
 
 RANK = 2
+PAIR_VARIANTS = [name for name, method in VARIANTS.items() if issubclass(method.cls, PairVariant)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # Relative error of an output in this type. bf16 rounds to 2⁻⁹ = 2e-3: the layer's output, x Aᵀ, its product, the sum.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float64: 1e-13}

@@ -17,7 +17,7 @@ from rankwise.layers.kinds import kind_of
 from rankwise.layers.quantised import is_quantised
 from rankwise.shapes import Int
 from rankwise.spec import LoRA
-from rankwise.variants import FoldableLayer
+from rankwise.variants.base import FoldableLayer
 
 
 @dataclass(frozen=True, eq=False)

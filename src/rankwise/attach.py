@@ -27,7 +27,7 @@ from rankwise.adapted.slots import (
     uninstall,
 )
 from rankwise.adapted.whole_modules import check_copyable, drop_copies, show_originals
-from rankwise.errors import AttachError, EvidenceError, SpecError, TargetError
+from rankwise.errors import AttachError, EvidenceError, SpecError
 from rankwise.evidence import input_covariances, input_directions, stored_weights
 from rankwise.evidence.exact import groups_within
 from rankwise.evidence.gradients import (
@@ -37,22 +37,23 @@ from rankwise.evidence.gradients import (
     exact_in_groups,
     sketch_with_warning,
 )
-from rankwise.inits import Init, Kaiming, Loftq
-from rankwise.inits.base import EVIDENCE, EvidenceNeed
+from rankwise.inits.base import EVIDENCE, EvidenceNeed, Init
+from rankwise.inits.loftq import Loftq
 from rankwise.layers.kinds import KINDS, kind_of, parameter_owners
 from rankwise.layers.quantised import forbid_repacking, is_quantised
-from rankwise.plan import modules_saved_whole, plan, target_layers
+from rankwise.plan import modules_saved_whole, plan
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start, site_generator
-from rankwise.spec import Bottleneck, LoRA
-from rankwise.variants import BottleneckLayer, FoldableLayer, FoldedLora, FoldedLoraLayer, PairLayer, Variant
+from rankwise.spec import LoRA
+from rankwise.variants.base import AdapterLayer, PairLayer, Variant
+from rankwise.variants.lora import FoldedLoraLayer
 
 log = logging.getLogger("rankwise")
 
 
 def attach(
     model: nn.Module,
-    spec: LoRA | Bottleneck,
+    spec: LoRA,
     *,
     batches: Iterable[Any] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -67,7 +68,7 @@ def attach(
 
     Args:
         model: any module; it is changed in place (child modules and hooks on the adapted layers, nothing else).
-        spec: what to adapt and how: ``LoRA(...)``, or ``Bottleneck(...)``, which needs no batches.
+        spec: what to adapt and how.
         batches: training batches for an init that needs to see data: dicts for ``model(**batch)`` (whose output has
             ``.loss`` where gradients are needed), or anything that ``loss(model, batch)`` takes.
         evidence: what :func:`rankwise.gradients`, ``activations``, ``covariances`` or ``weights`` returned, instead
@@ -93,13 +94,10 @@ def attach(
     """
     check_new_name(model, name)
     forbid_repacking(model)
-    if not isinstance(spec, LoRA | Bottleneck):
+    if not isinstance(spec, LoRA):
         raise SpecError(f"spec must be a rankwise.LoRA(...) or rankwise.Bottleneck(...), found {spec!r}")
     found = find_record(model)
     owner = root(model)
-    if isinstance(spec, Bottleneck):
-        install(model, name, spec, _bottlenecks(owner, spec), trainable=True)
-        return model
     planned, whole = plan(owner, spec), modules_saved_whole(owner, spec.modules_to_save)
     for path, module in whole.items():
         check_copyable(path, module)
@@ -131,6 +129,11 @@ class _Wanted:
         assert isinstance(self.spec.init, Init)
         return self.spec.init
 
+    def starting(self) -> list[Site]:
+        """The sites with the ranks that their starts have."""
+        assert isinstance(self.spec.variant, Variant)
+        return [self.spec.variant.starting(site) for site in self.sites]
+
     def layers(self) -> dict[str, nn.Module]:
         """Site name → layer."""
         return {site.name: self.model.get_submodule(site.name) for site in self.sites}
@@ -151,7 +154,7 @@ Seen = Mapping[str, Any]  # site name → what the init needs of it
 def _gradients(wanted: _Wanted) -> Iterator[Seen]:
     layers, data = wanted.layers(), wanted.data()
     if choose_method(wanted.method, layers, wanted.memory_budget, whole=wanted.init.needs_whole_gradient) == "sketch":
-        widths = {site.name: OVERSAMPLE * site.rank for site in wanted.sites}
+        widths = {site.name: OVERSAMPLE * site.rank for site in wanted.starting()}
         yield sketch_with_warning(wanted.model, layers, data, widths, wanted.loss)
     else:
         groups = groups_within(layers, AUTO_BUDGET if wanted.memory_budget is None else wanted.memory_budget)
@@ -159,7 +162,7 @@ def _gradients(wanted: _Wanted) -> Iterator[Seen]:
 
 
 def _activations(wanted: _Wanted) -> Iterator[Seen]:
-    ranks = {site.name: wanted.init.evidence_rank(site) for site in wanted.sites}
+    ranks = {site.name: wanted.init.evidence_rank(site) for site in wanted.starting()}
     yield input_directions(wanted.model, wanted.layers(), wanted.data(), ranks, wanted.loss)
 
 
@@ -214,35 +217,23 @@ def _with_ranks(init: Init, sites: Sequence[Site], seen: Seen) -> list[Site]:
     return [replace(site, rank=ranks[site.name]) for site in sites if ranks[site.name]]
 
 
-def _adapters(wanted: _Wanted, given: Seen | None) -> dict[str, FoldableLayer]:
+def _adapters(wanted: _Wanted, given: Seen | None) -> dict[str, AdapterLayer]:
     """Site name → adapter layer: the evidence is collected, ranks are settled, each site gets its start."""
-    built: dict[str, FoldableLayer] = {}
+    variant = wanted.spec.variant
+    assert isinstance(variant, Variant)
+    built: dict[str, AdapterLayer] = {}
     for seen in _evidence(wanted, given):
-        sites = _with_ranks(wanted.init, [site for site in wanted.sites if site.name in seen], seen)
-        generators = {site.name: site_generator(wanted.spec.seed, site.name) for site in sites}
-        weights = {site.name: partial(base_matrix, wanted.model.get_submodule(site.name)) for site in sites}
+        sites = {s.name: s for s in _with_ranks(wanted.init, [s for s in wanted.sites if s.name in seen], seen)}
+        starting = [variant.starting(site) for site in sites.values()]
+        generators = {name: site_generator(wanted.spec.seed, name) for name in sites}
+        weights = {name: partial(base_matrix, wanted.model.get_submodule(name)) for name in sites}
+        layers: dict[str, AdapterLayer] = {}
         with torch.no_grad():
-            found = {
-                site.name: _build(weights[site.name](), site, wanted.spec, start, generators[site.name])
-                for site, start in wanted.init.starts(sites, lambda site: weights[site.name](), seen, generators)  # noqa: B023
-            }
-        built |= {site.name: found[site.name] for site in sites}  # in the model's order
-    return built
-
-
-def _bottlenecks(model: nn.Module, spec: Bottleneck) -> dict[str, BottleneckLayer]:
-    """Site name → bottleneck, on the device of the layer's weight, in fp32 or finer."""
-    built = {}
-    layers: dict[str, Any] = dict(target_layers(model, spec.target_modules, spec.exclude_modules))
-    for name, layer in layers.items():
-        kind = kind_of(layer)
-        assert kind is not None
-        if kind.output_axis != -1:
-            raise TargetError(f"{name} is a {kind.name}, but a bottleneck reads outputs on the last axis; exclude it")
-        site = Site(name, kind.name, kind.shape(layer), spec.width, 1.0)
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        adapter = BottleneckLayer(site, kind, spec.activation, spec.dropout, dtype, layer.weight.device)
-        built[name] = adapter.start(site_generator(spec.seed, name))
+            starts = wanted.init.starts(starting, lambda site: weights[site.name](), seen, generators)  # noqa: B023
+            for site, start in starts:
+                planned, weight = sites[site.name], weights[site.name]()
+                layers[site.name] = _build(planned, weight, site, wanted.spec, start, generators[site.name])
+        built |= {name: layers[name] for name in sites}  # in the model's order
     return built
 
 
@@ -254,21 +245,23 @@ def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _build(weight: Tensor, site: Site, spec: LoRA, start: Start, generator: torch.Generator) -> FoldableLayer:
-    assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
+def _build(
+    planned: Site, weight: Tensor, site: Site, spec: LoRA, start: Start, generator: torch.Generator
+) -> AdapterLayer:
+    """The layer of a planned site; ``site`` is the one that the start was made for."""
+    assert isinstance(spec.variant, Variant)
     if start.A.shape != (site.rank, site.shape[1]) or start.B.shape != (site.shape[0], site.rank):
         raise EvidenceError(
             f"{site.name}: the evidence is that of another layer: it gives B {tuple(start.B.shape)} and A "
             f"{tuple(start.A.shape)}, expected [{site.shape[0]}, {site.rank}] and [{site.rank}, {site.shape[1]}]"
         )
-    start = spec.variant.own_start(start, generator, default=isinstance(spec.init, Kaiming))
+    start = spec.variant.adjusted(start, generator, default=spec.has_default_init)
     if not bool(start.A.any()) and not bool(start.B.any()):
         raise SpecError(
             f"{site.name}: init {type(spec.init).__name__} starts from zeros here, as the weight itself may be zero; "
             f"no gradient would ever reach A or B: exclude the module, or use init 'kaiming'"
         )
-    variant = FoldedLora() if spec.anchor == "fold" else spec.variant
-    return variant.build(site, KINDS[site.kind], weight, start, spec.dropout)
+    return spec.variant.anchored(spec.anchor).build(planned, KINDS[site.kind], weight, start, spec.dropout)
 
 
 def _check_foldable(model: nn.Module, sites: Iterable[Site], occupied: bool) -> None:
@@ -287,7 +280,7 @@ def _check_foldable(model: nn.Module, sites: Iterable[Site], occupied: bool) -> 
 
 
 @torch.no_grad()
-def _fold_starts(model: nn.Module, built: Mapping[str, FoldableLayer]) -> None:
+def _fold_starts(model: nn.Module, built: Mapping[str, AdapterLayer]) -> None:
     """Put W₀ − sB₀A₀ in the place of W₀ and report what rounding cost."""
     worst = 0.0
     for path, adapter in built.items():

@@ -1,20 +1,46 @@
-"""Tables of methods: a literal dict from a name to a class, its paper and one line on what it does."""
+"""Tables of methods: a literal dict from a name to what makes the method, its paper and one line on what it does.
+
+A row names its class by text and imports it when it is first asked for, so that listing methods, or refusing a name
+that no table has, needs neither torch nor any method's file.
+"""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib import import_module
 from typing import Any
 
 from rankwise.errors import SpecError
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One line of a table. ``cls`` is a frozen dataclass whose fields are the method's options."""
+class Method:
+    """One row of a table.
 
-    cls: type[Any]
+    Attributes:
+        make: ``"module:Class"`` of a frozen dataclass whose fields are the method's options, all with defaults.
+        paper: where the method comes from.
+        summary: one line on what it does.
+    """
+
+    make: str
     paper: str
     summary: str
+
+    @property
+    def cls(self) -> type[Any]:
+        """The class behind ``make``, imported."""
+        module, _, name = self.make.partition(":")
+        cls: type[Any] = getattr(import_module(module), name)
+        return cls
+
+    def makes(self, method: object) -> bool:
+        """Whether ``method`` is an object of this row's class. Imports nothing."""
+        cls = type(method)
+        return self.make == f"{cls.__module__}:{cls.__qualname__}"
+
+
+Table = Mapping[str, Method]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -23,7 +49,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def resolve(table: Mapping[str, Entry], choice: Any, what: str) -> Any:
+def row(table: Table, name: object, what: str) -> Method:
+    """The row of that name. Imports nothing.
+
+    Raises:
+        SpecError: the table has no such name (the nearest one is offered).
+    """
+    if not isinstance(name, str) or name not in table:
+        raise SpecError(f"{what}: expected one of {', '.join(table)}, found {name!r}{nearest(str(name), table)}")
+    return table[name]
+
+
+def resolve(table: Table, choice: Any, what: str) -> Any:
     """The method object for a name, a plain mapping ``{"name": ..., option: value}``, or the object itself.
 
     Raises:
@@ -33,17 +70,14 @@ def resolve(table: Mapping[str, Entry], choice: Any, what: str) -> Any:
         choice = {"name": choice}
     if isinstance(choice, Mapping):
         return _build(table, dict(choice), what)
-    if any(type(choice) is entry.cls for entry in table.values()):
+    if any(method.makes(choice) for method in table.values()):
         return choice
     raise SpecError(f"{what}: expected one of {sorted(table)} or an object from that table, found {choice!r}")
 
 
-def _build(table: Mapping[str, Entry], options: dict[str, Any], what: str) -> Any:
+def _build(table: Table, options: dict[str, Any], what: str) -> Any:
     name = options.pop("name", None)
-    if not isinstance(name, str) or name not in table:
-        hint = nearest(str(name), table)
-        raise SpecError(f"{what}: expected one of {', '.join(table)}, found {name!r}{hint}")
-    cls = table[name].cls
+    cls = row(table, name, what).cls
     defaults = cls()
     known = [field.name for field in fields(cls)]
     for key, value in options.items():
@@ -62,15 +96,33 @@ def _alike(value: object, default: object) -> bool:
     return not isinstance(default, int | str) or type(value) is type(default)
 
 
-def name_of(table: Mapping[str, Entry], method: Any) -> str:
+def name_of(table: Table, method: Any) -> str:
     """The table's name for a method object."""
-    return next(name for name, entry in table.items() if type(method) is entry.cls)
+    return next(name for name, entry in table.items() if entry.makes(method))
 
 
-def as_plain(table: Mapping[str, Entry], method: Any) -> str | dict[str, Any]:
+def as_plain(table: Table, method: Any) -> str | dict[str, Any]:
     """Plain data for a method object: its name, or a mapping where options differ from the defaults."""
     assert is_dataclass(method) and not isinstance(method, type)
     name = name_of(table, method)
     defaults = asdict(table[name].cls())
     changed = {key: value for key, value in asdict(method).items() if value != defaults[key]}
     return {"name": name, **changed} if changed else name
+
+
+def lazy_attributes(package: str, table: Table, others: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` that finds the classes of a table, and others, where they are defined.
+
+    Args:
+        package: its name, for the error.
+        others: name → ``"module:name"`` of what is in no row.
+    """
+    places = {entry.make.rpartition(":")[2]: entry.make for entry in table.values()} | dict(others)
+
+    def attribute(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, _, symbol = places[name].partition(":")
+        return getattr(import_module(module), symbol)
+
+    return attribute

@@ -5,13 +5,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
-from rankwise.errors import SpecError, TargetError
+from rankwise.errors import TargetError
+from rankwise.inits.base import Init
 from rankwise.layers.kinds import EmbeddingKind, kind_of
 from rankwise.methods import nearest
 from rankwise.patterns import matching, matching_ends, names_by_end
 from rankwise.sites import SAVED, SLOT, Site
 from rankwise.spec import LoRA
-from rankwise.variants import Variant
+from rankwise.variants.base import Variant
 
 T = TypeVar("T")
 
@@ -62,24 +63,18 @@ def plan(model: nn.Module, spec: LoRA) -> Plan:
     alphas = pattern_values("alpha_pattern key", spec.alpha_pattern, names, spec.alpha)
     _check_patterns("rank_pattern", spec.rank_pattern, names)
     _check_patterns("alpha_pattern", spec.alpha_pattern, names)
-    sites = Plan(_site(name, layer, spec, ranks[name], alphas[name]) for name, layer in chosen.items())
-    for site in sites:
-        if site.rank > min(site.shape):
-            raise SpecError(
-                f"{site.name}: rank {site.rank} is larger than min(out, in) = {min(site.shape)} of its "
-                f"{site.shape[0]} × {site.shape[1]} weight; lower rank, or set it for this module in rank_pattern"
-            )
-        spec.init.check(site)  # type: ignore[union-attr]
-    return sites
+    return Plan(_site(name, layer, spec, ranks[name], alphas[name]) for name, layer in chosen.items())
 
 
 def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> Site:
     kind = kind_of(layer)
     assert kind is not None
-    assert isinstance(spec.variant, Variant)
-    shape = kind.shape(layer)
-    initial = spec.variant.initial_rank(rank, shape)
-    return Site(name, kind.name, shape, initial, spec.scale(rank, alpha), None if initial == rank else rank)
+    assert isinstance(spec.variant, Variant) and isinstance(spec.init, Init)
+    site = Site(name, kind.name, kind.shape(layer), rank, spec.scale(rank, alpha))
+    spec.variant.check_site(site, kind)
+    if spec.variant.takes_start:
+        spec.init.check(spec.variant.starting(site))
+    return site
 
 
 def pattern_values(field: str, pattern: Mapping[str, T], names: Sequence[str], default: T) -> dict[str, T]:

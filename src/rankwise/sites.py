@@ -22,7 +22,6 @@ class Site:
         kind: "linear", "conv1d", "conv2d" or "embedding".
         shape: (out, in) of the weight seen as one matrix.
         rank, scale: of ΔW = scale · B A.
-        target_rank: what a variant that prunes leaves of ``rank`` on average; None where it prunes nothing.
     """
 
     name: str
@@ -30,7 +29,6 @@ class Site:
     shape: tuple[int, int]
     rank: int
     scale: float
-    target_rank: int | None = None
 
     @property
     def parameters(self) -> int:

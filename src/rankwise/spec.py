@@ -1,17 +1,24 @@
-"""``LoRA(...)`` and ``Bottleneck(...)``: what to adapt and how, validated when it is made."""
+"""``LoRA(...)``: what to adapt and how, validated when it is made; ``Bottleneck(...)``, a short form of it.
+
+Importing this module needs no torch: a recipe's schema and its errors are made from these fields.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.errors import SpecError, TargetError
-from rankwise.inits import INITS, Init
+from rankwise.inits import INITS
 from rankwise.methods import as_plain, name_of, nearest, resolve
 from rankwise.patterns import check_expressions
-from rankwise.scaling import SCALINGS
-from rankwise.variants import ACTIVATIONS, VARIANTS, Variant
+from rankwise.scaling import SCALINGS, Scaling
+from rankwise.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from rankwise.inits.base import Init
+    from rankwise.variants.base import Variant
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class LoRA:
             last parts), or a regular expression that matches the whole module path.
         exclude_modules: names (or one regular expression) that are left out again.
         init: a name from ``rankwise.inits.INITS``, such as "lora-ga", or an object: ``inits.LoraGA(scale="gd")``.
-        scaling: "lora" s = α/r, "rslora" s = α/√r.
+        scaling: a name from ``rankwise.scaling.SCALINGS``: "lora" s = α/r, "rslora" s = α/√r; or an object.
         variant: a name from ``rankwise.variants.VARIANTS`` or an object from there.
         dropout: probability that an element of the adapter's input is dropped in training.
         rank_pattern, alpha_pattern: per-module values; a key is a regular expression for the last parts of the path.
@@ -41,19 +48,41 @@ class LoRA:
     'pissa'
     """
 
-    rank: int = 8
-    alpha: float = 16
-    target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] = ()
-    init: str | Mapping[str, Any] | Init = "kaiming"
-    scaling: Literal["lora", "rslora"] = "lora"
-    variant: str | Mapping[str, Any] | Variant = "lora"
-    dropout: float = 0.0
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    modules_to_save: Sequence[str] = ()
-    anchor: Literal["frozen", "fold"] = "frozen"
-    seed: int = 0
+    rank: int = field(default=8, metadata={"help": "Rank of the adapter."})
+    alpha: float = field(default=16, metadata={"help": "Numerator of the adapter's scale."})
+    target_modules: str | Sequence[str] = field(
+        default="all-linear",
+        metadata={"help": "Layers to adapt: all-linear, a regular expression, or a list of name endings."},
+    )
+    exclude_modules: str | Sequence[str] = field(default=(), metadata={"help": "Layers to leave out."})
+    init: "str | Mapping[str, Any] | Init" = field(
+        default="kaiming",
+        metadata={"help": "Initialisation: a name (see `rankwise methods`) or {name: lora-ga, gamma: 16}."},
+    )
+    scaling: str | Mapping[str, Any] | Scaling = field(
+        default="lora", metadata={"help": "Scale of the adapter: lora (alpha/r) or rslora (alpha/sqrt(r))."}
+    )
+    variant: "str | Mapping[str, Any] | Variant" = field(
+        default="lora", metadata={"help": "Kind of adapter (see `rankwise methods`)."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    rank_pattern: Mapping[str, int] = field(
+        default_factory=dict, metadata={"help": "Ranks that differ, by layer name: {q_proj: 4}."}
+    )
+    alpha_pattern: Mapping[str, float] = field(
+        default_factory=dict, metadata={"help": "Alphas that differ, by layer name."}
+    )
+    modules_to_save: Sequence[str] = field(
+        default=(),
+        metadata={
+            "help": "Layers trained in full beside the adapter and saved with it; a classifier's head always is."
+        },
+    )
+    anchor: Literal["frozen", "fold"] = field(
+        default="frozen",
+        metadata={"help": "How a non-zero start is cancelled: a frozen copy (exact) or folded into the base."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the initialisation, the data order and dropout."})
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)
@@ -64,27 +93,41 @@ class LoRA:
         self._freeze("modules_to_save", _names("modules_to_save", kept))
         self._freeze("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
         self._freeze("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
-        self._freeze("init", resolve(INITS, self.init, "init"))
-        self._freeze("variant", resolve(VARIANTS, self.variant, "variant"))
-        _check_choice("scaling", self.scaling, SCALINGS)
+        for name, table in METHOD_FIELDS.items():
+            self._freeze(name, resolve(table, getattr(self, name), name))
         _check_choice("anchor", self.anchor, ("frozen", "fold"))
         _check_dropout(self.dropout)
         _check_seed(self.seed)
-        if self.anchor == "fold" and name_of(VARIANTS, self.variant) != "lora":
-            raise SpecError("anchor='fold' goes with variant='lora' only; leave anchor='frozen'")
+        self._check_variant()
 
     def _freeze(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
+    def _check_variant(self) -> None:
+        """Refuse an anchor or an init that does not go with the variant."""
+        variant: Any = self.variant
+        variant.anchored(self.anchor)
+        if not variant.takes_start and not self.has_default_init:
+            raise SpecError(
+                f"init {name_of(INITS, self.init)!r}: variant {name_of(VARIANTS, variant)!r} has a start of its own; "
+                f"leave init out"
+            )
+
+    @property
+    def has_default_init(self) -> bool:
+        """Whether the init is the one that a spec has where none is asked for."""
+        return as_plain(INITS, self.init) == LoRA.__dataclass_fields__["init"].default
+
     def scale(self, rank: int, alpha: float) -> float:
         """s for this rank and alpha."""
-        return SCALINGS[self.scaling].scale(alpha, rank)
+        assert isinstance(self.scaling, Scaling)
+        return self.scaling(alpha, rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON, YAML) from which :meth:`from_dict` makes an equal spec."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain["init"] = as_plain(INITS, self.init)
-        plain["variant"] = as_plain(VARIANTS, self.variant)
+        for name, table in METHOD_FIELDS.items():
+            plain[name] = as_plain(table, plain[name])
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             plain[name] = plain[name] if isinstance(plain[name], str) else list(plain[name])
         for name in ("rank_pattern", "alpha_pattern"):
@@ -112,15 +155,31 @@ class LoRA:
         return hash(repr(sorted(self.to_dict().items())))
 
 
-@dataclass(frozen=True)
-class Bottleneck:
-    """A bottleneck adapter's specification: y + up(act(down(y))) on the outputs of the target layers.
+# Fields that name a method, each with its table.
+METHOD_FIELDS = {"init": INITS, "scaling": SCALINGS, "variant": VARIANTS}
 
-    Houlsby 2019 (arXiv 1902.00751) puts one behind each sub-layer's last projection, before the residual sum.
 
-    Attributes:
+def default_of(spec_field: "Field[Any]") -> Any:
+    """The value of a field of :class:`LoRA` that is left out."""
+    return spec_field.default if spec_field.default_factory is MISSING else spec_field.default_factory()
+
+
+def Bottleneck(
+    target_modules: str | Sequence[str],
+    width: int = 64,
+    activation: str = "gelu",
+    dropout: float = 0.0,
+    exclude_modules: str | Sequence[str] = (),
+    seed: int = 0,
+) -> LoRA:
+    """The spec of a bottleneck adapter: y + up(act(down(y))) on the outputs of the target layers.
+
+    Houlsby 2019 (arXiv 1902.00751) puts one behind each sub-layer's last projection, before the residual sum; see
+    :class:`rankwise.variants.bottleneck.BottleneckVariant`.
+
+    Args:
         target_modules: as in :class:`LoRA`; for example ["o_proj", "down_proj"].
-        width: of the bottleneck.
+        width: of the bottleneck; the spec's rank.
         activation: "gelu", "relu", "silu" or "tanh".
         dropout: probability that an element inside the bottleneck is dropped in training.
         exclude_modules, seed: as in :class:`LoRA`.
@@ -128,26 +187,16 @@ class Bottleneck:
     Raises:
         SpecError: a field is out of range, unknown, or of the wrong type.
     """
-
-    target_modules: str | Sequence[str]
-    width: int = 64
-    activation: str = "gelu"
-    dropout: float = 0.0
-    exclude_modules: str | Sequence[str] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_rank("width", self.width)
-        _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_dropout(self.dropout)
-        _check_seed(self.seed)
-        for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data (JSON, YAML): ``Bottleneck(**plain)`` is an equal spec."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+    _check_rank("width", width)
+    return LoRA(
+        rank=width,
+        alpha=width,
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        variant={"name": "bottleneck", "activation": activation},
+        dropout=dropout,
+        seed=seed,
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from zoo import DTYPES, LAYERS, TOLERANCE, Zoo, clone, perturb, relative, zoo_and_inputs
+from zoo import DTYPES, LAYERS, PAIR_VARIANTS, TOLERANCE, Zoo, clone, perturb, relative, zoo_and_inputs
 
 import rankwise as rw
 from rankwise.adapted.slots import adapter_layers
 from rankwise.errors import UnsupportedAdapter
 from rankwise.inits import INITS
 from rankwise.scaling import SCALINGS
-from rankwise.variants import VARIANTS
 
 pytestmark = [
     # GPT-2's Conv1D: PEFT sets fan_in_fan_out itself where a model mixes both kinds, and says so.
@@ -68,8 +67,8 @@ def served(init: str, variant: str) -> list[str]:
 # ------------------------------------------------------------------------------------------- PEFT reads what we write
 
 
-METHODS = [(init, variant, list(SCALINGS)[-1]) for init in INITS for variant in VARIANTS]
-METHODS += [("pissa", variant, scaling) for variant in VARIANTS for scaling in list(SCALINGS)[:-1]]
+METHODS = [(init, variant, list(SCALINGS)[-1]) for init in INITS for variant in PAIR_VARIANTS]
+METHODS += [("pissa", variant, scaling) for variant in PAIR_VARIANTS for scaling in list(SCALINGS)[:-1]]
 
 
 @pytest.mark.parametrize(("init", "variant", "scaling"), METHODS)

@@ -18,9 +18,9 @@ import rankwise as rw
 from rankwise.errors import AttachError, MissingTensor, SpecError, TrainingError
 from rankwise.format.state import load_state, save_state
 from rankwise.optim import RankAllocator
-from rankwise.optim.rank_allocator import adalora_layers, cubic_budget, most_important
-from rankwise.train.adalora_callback import AdaLoraCallback
+from rankwise.train.variant_callback import VariantCallback
 from rankwise.variants import AdaLora
+from rankwise.variants.rank_allocator import adalora_layers, cubic_budget, most_important
 
 RANK, SITES = 4, 3
 
@@ -67,8 +67,9 @@ def test_the_start_is_the_papers() -> None:
 
 
 def test_the_initial_rank_fits_a_small_layer() -> None:
-    sites = rw.plan(nn.Sequential(nn.Linear(5, 9)), rw.LoRA(rank=4, variant="adalora", target_modules=["0"]))
-    assert (sites[0].rank, sites[0].target_rank) == (5, 4)
+    model = rw.attach(nn.Sequential(nn.Linear(5, 9)), rw.LoRA(rank=4, variant="adalora", target_modules=["0"]))
+    (layer,) = adalora_layers(model)
+    assert (layer.lora_A.shape[0], layer.target_rank) == (5, 4)
 
 
 def test_the_cubic_budget_starts_and_ends_where_it_should() -> None:
@@ -193,7 +194,7 @@ def test_a_site_that_lost_all_its_ranks_is_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in rw.trainable_parameters(model):
             parameter.add_(0.1 * torch.randn_like(parameter))
-    allocator.finish()
+    allocator.settle()
     assert allocator.ranks == {"0": 6, "2": 0, "4": 6}
     rw.save(model, tmp_path)
     x = batch(3)[0]
@@ -263,7 +264,7 @@ def trainer(model: Any, folder: Path, steps: int) -> Trainer:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    return Trainer(model, args, train_dataset=Tokens(), callbacks=[AdaLoraCallback()])
+    return Trainer(model, args, train_dataset=Tokens(), callbacks=[VariantCallback()])
 
 
 def test_it_runs_by_itself_in_a_trainer(tmp_path: Path) -> None:
@@ -277,7 +278,7 @@ def test_a_run_that_ends_early_is_cut_to_the_budget_and_says_so(tmp_path: Path, 
     model = rw.attach(llama(), rw.LoRA(rank=2, variant=AdaLora(delta_t=2)))
     running = trainer(model, tmp_path, 10)
 
-    class Stop(AdaLoraCallback):
+    class Stop(VariantCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 3
 
@@ -317,7 +318,7 @@ def test_scores_that_are_not_finite_stop_the_run() -> None:
     allocator = RankAllocator(model, 10)
     adalora_layers(model)[1].get_buffer("sensitivity_lora_B")[0, 0] = float("nan")
     with pytest.raises(TrainingError, match="NaN"):
-        allocator.finish()
+        allocator.settle()
 
 
 @pytest.mark.parametrize("pruned", [False, True])

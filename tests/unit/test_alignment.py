@@ -13,6 +13,7 @@ import rankwise as rw
 from rankwise.adapted.slots import slots
 from rankwise.analysis import Alignment, alignment, first_step, first_steps, full_step
 from rankwise.errors import AttachError, EvidenceError, SpecError
+from rankwise.variants.lora import LoraLayer
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -125,7 +126,7 @@ def test_refusals() -> None:
     with pytest.raises(EvidenceError, match="batches is empty"):
         rw.analysis.first_step_alignment(model, [], "sgd", mean_square)
 
-    class Other(rw.variants.LoraLayer):
+    class Other(LoraLayer):
         pass
 
     slots(model)["2"].layers()["default"].__class__ = Other

@@ -191,4 +191,6 @@ def test_bad_specs_are_refused() -> None:
         rw.Bottleneck(["down"], activation="geluu")
     with pytest.raises(TargetError, match="last axis"):
         rw.attach(nn.Sequential(nn.Conv2d(3, 4, 3)), rw.Bottleneck(["0"]))
-    assert rw.Bottleneck(**SPEC.to_dict()) == SPEC
+    assert rw.LoRA.from_dict(SPEC.to_dict()) == SPEC
+    with pytest.raises(SpecError, match="start of its own"):
+        rw.LoRA(variant="bottleneck", init="pissa")

@@ -11,6 +11,7 @@ import tempfile
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import PAIR_VARIANTS
 
 import rankwise as rw
 
@@ -112,7 +113,7 @@ CASES = {
     **{
         f"{init}-{variant}": (same_as_without, init, variant)
         for init in ("kaiming", "pissa")
-        for variant in rw.variants.VARIANTS
+        for variant in PAIR_VARIANTS
     },
     "dropout": (dropout_still_drops,),
     "later": (adapters_that_come_and_go_later_are_followed,),

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 import rankwise as rw
 from rankwise.adapted.slots import adapter_layers
 from rankwise.errors import AttachError, MissingTensor, ShapeMismatch, UnexpectedTensor
-from rankwise.variants import DoraLayer
-from rankwise.variants.dora import MAGNITUDE, row_norms
+from rankwise.variants.dora import MAGNITUDE, DoraLayer, row_norms
 
 OUT, IN, RANK = 48, 64, 4
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import rankwise as rw
 from rankwise.errors import SpecError
 from rankwise.inits import INITS
-from rankwise.scaling import SCALINGS, lora, rslora
+from rankwise.scaling import SCALINGS, LoraScaling, RsloraScaling
 from rankwise.variants import VARIANTS
+from rankwise.variants.lora import FoldedLora
 
 EXAMPLES = [
     rw.LoRA(),
@@ -79,8 +80,8 @@ def test_a_set_of_names_gives_the_same_spec_whatever_its_order():
 
 
 def test_scales():
-    assert lora(16, 8) == 2.0
-    assert rslora(16, 16) == 4.0
+    assert LoraScaling()(16, 8) == 2.0
+    assert RsloraScaling()(16, 16) == 4.0
     assert rw.LoRA(scaling="rslora").scale(4, 6.0) == 3.0
 
 
@@ -100,8 +101,8 @@ BAD = [
     ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, found 1.0"),
     ({"dropout": -0.1}, r"dropout must be at least 0 and below 1, found -0.1"),
     ({"dropout": float("nan")}, r"dropout must be at least 0 and below 1, found nan"),
-    ({"scaling": "rslroa"}, r"scaling must be one of lora, rslora, found 'rslroa'; did you mean 'rslora'\?"),
-    ({"scaling": ["lora"]}, r"scaling must be one of lora, rslora, found \['lora'\]"),
+    ({"scaling": "rslroa"}, r"scaling: expected one of lora, rslora, found 'rslroa'; did you mean 'rslora'\?"),
+    ({"scaling": ["lora"]}, r"scaling: expected one of .* found \['lora'\]"),
     ({"anchor": "frozne"}, r"anchor must be one of frozen, fold, found 'frozne'; did you mean 'frozen'\?"),
     ({"seed": 1.5}, r"seed must be an integer, found 1.5"),
     ({"target_modules": []}, r"target_modules is an empty list.*'all-linear'"),
@@ -128,7 +129,7 @@ BAD = [
     ({"init": {"name": "lora-ga", "gamma": "16"}}, r"'lora-ga'.*gamma.*found '16'"),
     ({"init": {"name": "pissa", "iterations": "8"}}, r"'pissa'.*iterations.*found '8'"),
     ({"variant": "rola"}, r"variant: expected one of .*found 'rola'; did you mean 'lora'\?"),
-    ({"variant": rw.variants.FoldedLora()}, r"variant: expected one of .*FoldedLora"),
+    ({"variant": FoldedLora()}, r"variant: expected one of .*FoldedLora"),
 ]  # fmt: skip
 
 

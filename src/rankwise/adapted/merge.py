@@ -13,7 +13,7 @@ from rankwise.errors import MergeError
 from rankwise.layers.kinds import parameter_owners
 from rankwise.layers.quantised import is_quantised
 from rankwise.shapes import Float, Shaped
-from rankwise.variants import FoldableLayer
+from rankwise.variants.base import FoldableLayer
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from rankwise.adapted.whole_modules import add_copies, remove_saved, saved_tenso
 from rankwise.errors import AttachError, SiteNeverFired
 from rankwise.methods import nearest
 from rankwise.sites import SLOT
-from rankwise.spec import Bottleneck, LoRA
-from rankwise.variants import AdapterLayer, FoldableLayer
+from rankwise.spec import LoRA
+from rankwise.variants.base import AdapterLayer, FoldableLayer
 
 _RECORD = "_rankwise_record"  # the plain attribute on the model
 _RAN = "_rankwise_ran"  # a mark on the parents of sites, during the first forward
@@ -82,7 +82,7 @@ class Record:
         merged: what ``merge`` put aside: (layer path, base weight, slot).
     """
 
-    specs: dict[str, LoRA | Bottleneck] = field(default_factory=dict)
+    specs: dict[str, LoRA] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     base_flags: dict[str, bool] = field(default_factory=dict)
     merged: list[tuple[str, Tensor, Slot]] = field(default_factory=list)
@@ -141,6 +141,13 @@ def adapter_name(model: nn.Module, name: str | None) -> str:
     return name
 
 
+def active_specs(model: nn.Module) -> dict[str, LoRA]:
+    """Name → spec of the active adapters; none where the model carries none."""
+    found = find_record(model)
+    active = dict.fromkeys(name for slot in slots(model).values() for name in slot.active)
+    return {name: found[1].specs[name] for name in active} if found else {}
+
+
 def check_new_name(model: nn.Module, name: Any) -> None:
     """Refuse a name under which no new adapter can be put on this model.
 
@@ -196,7 +203,7 @@ def adapter_layers(model: nn.Module, name: str) -> dict[str, AdapterLayer]:
 def install(
     model: nn.Module,
     name: str,
-    spec: LoRA | Bottleneck,
+    spec: LoRA,
     layers: Mapping[str, AdapterLayer],
     *,
     trainable: bool,

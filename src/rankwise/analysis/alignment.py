@@ -14,7 +14,7 @@ from rankwise.errors import AttachError, SpecError
 from rankwise.evidence import exact_gradients
 from rankwise.methods import nearest
 from rankwise.shapes import Float
-from rankwise.variants import FoldedLoraLayer, LoraLayer
+from rankwise.variants.lora import FoldedLoraLayer, LoraLayer
 
 
 def _identity(gradient: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ A run that started from a pair (A₀, B₀) is written as the plain rank-2r adap
 base in every engine, with α chosen so that s is kept.
 """
 
+import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,14 @@ from rankwise.errors import (
 )
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.format import adalora
+from rankwise.methods import name_of
 from rankwise.plan import keys_under, pattern_values
-from rankwise.scaling import SCALINGS
+from rankwise.scaling import Scaling, declared
 from rankwise.spec import LoRA
-from rankwise.variants import Dora
+from rankwise.variants import VARIANTS
+from rankwise.variants.base import PairVariant
+
+log = logging.getLogger("rankwise")
 
 CONFIG, TENSORS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "rankwise.json"
 PREFIX = "base_model.model."
@@ -43,9 +49,11 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     """Write an adapter as a PEFT directory, plus ``rankwise.json`` (its spec, and a probe of its base).
 
     Raises:
-        NonFiniteTensor: the adapter holds NaN or infinity; nothing is written.
+        UnsupportedAdapter: a site has tensors that its variant does not declare, so no reader would know them.
+        NonFiniteTensor: the adapter holds NaN or infinity. Nothing is written on either error.
     """
     folder = Path(directory)
+    _check_expressible(adapter)
     tensors: dict[str, Tensor] = {}
     for path, site in adapter.sites.items():
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in _wire(site).items()}
@@ -56,6 +64,19 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     write_tensors(folder / TENSORS, tensors, {})
     write_json(folder / EXTRA, _extra(adapter))
     write_json(folder / CONFIG, _config(adapter))  # last: a directory without it is no adapter
+
+
+def _check_expressible(adapter: Adapter) -> None:
+    variant = adapter.spec.variant
+    assert isinstance(variant, PairVariant)
+    for path, site in adapter.sites.items():
+        unknown = sorted(set(site.extra) - set(variant.tensors))
+        if unknown:
+            raise UnsupportedAdapter(
+                f"{path}: variant {name_of(VARIANTS, variant)!r} gives the file {unknown[0]}, which it does not name "
+                f"in its tensors, so that no reader would take it; expected a pair and {variant.tensors or 'no more'}: "
+                f"name the tensor there, or derive the variant from Variant, which saves its layers' own state"
+            )
 
 
 def _wire(site: SiteAdapter) -> dict[str, Tensor]:
@@ -89,8 +110,10 @@ def _extra(adapter: Adapter) -> dict[str, Any]:
 
 def _config(adapter: Adapter) -> dict[str, Any]:
     spec = adapter.spec
+    assert isinstance(spec.scaling, Scaling) and isinstance(spec.variant, PairVariant)
+    use_rslora = spec.scaling.use_rslora
     ranks = {path: site.delta.rank * site.groups for path, site in adapter.sites.items()}
-    alphas = {path: _alpha(spec.scaling, site.delta.scale, ranks[path]) for path, site in adapter.sites.items()}
+    alphas = {path: _alpha(declared(use_rslora), site.delta.scale, ranks[path]) for path, site in adapter.sites.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
         "peft_type": "LORA",
@@ -101,8 +124,8 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "target_modules": adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
         "exclude_modules": None,
         "lora_dropout": float(spec.dropout),
-        "use_rslora": spec.scaling == "rslora",
-        "use_dora": any("lora_magnitude_vector" in site.extra for site in adapter.sites.values()),
+        "use_rslora": use_rslora,
+        "use_dora": False,
         "rank_pattern": {_exactly(path): r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {_exactly(path): a for path, a in alphas.items() if a != alpha},
         "fan_in_fan_out": all(site.kind == "conv1d" for site in adapter.sites.values()),
@@ -111,12 +134,13 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         # Never "pissa" or "olora": a loader would redo the decomposition on the base.
         "init_lora_weights": True,
         "inference_mode": True,
+        **spec.variant.marks,
     }
 
 
-def _alpha(scaling: str, scale: float, rank: int) -> float | int:
-    """The alpha with which this scaling gives ``scale`` at ``rank``; an integer where it is one."""
-    alpha = scale / SCALINGS[scaling].scale(1.0, rank)
+def _alpha(formula: Scaling, scale: float, rank: int) -> float | int:
+    """The alpha with which the formula that a file declares gives ``scale``; an integer where it is one."""
+    alpha = scale / formula(1.0, rank)
     nearest = round(alpha)
     return nearest if nearest and math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
 
@@ -134,8 +158,7 @@ def _exactly(path: str) -> str:
 
 
 BASE_COPY = "base_layer"  # PEFT saves an adapted embedding's own weight along
-_SUFFIXES = rf"lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector(\.weight)?|{BASE_COPY}\.weight"
-_KEY = re.compile(rf"(?P<path>.+)\.(?P<suffix>{_SUFFIXES})$")
+_KEY = re.compile(rf"(?P<path>.+)\.(?P<suffix>lora_\w+|{BASE_COPY})(\.weight)?$")
 _DEFAULTS: dict[str, Any] = {  # fields that change what an adapter computes, with the one value that is read here
     "lora_bias": False,
     "megatron_config": None,
@@ -187,13 +210,32 @@ def read_adapter(directory: str | Path) -> Adapter:
     probes = read_probes(folder / EXTRA, extra)
     whole = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
     return Adapter(
-        spec,
+        _recorded(folder / EXTRA, extra, spec),
         sites,
         _targets(where, config),
         probes,
         config.get("base_model_name_or_path"),
         whole,
         extra.get("base_quantised") is True,
+    )
+
+
+def _recorded(where: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:
+    """The spec that the adapter was made with; what PEFT's configuration states as well is taken from there."""
+    if "spec" not in extra:
+        return stated
+    try:
+        spec = LoRA.from_dict(extra["spec"])
+    except (SpecError, TypeError) as error:  # of a method that is not in this process's tables, or not a spec
+        log.warning("%s: the recorded spec is left aside: %s", where, error)
+        return stated
+    assert isinstance(spec.scaling, Scaling) and isinstance(stated.scaling, Scaling)
+    return replace(
+        spec,
+        scaling=spec.scaling if spec.scaling.use_rslora == stated.scaling.use_rslora else stated.scaling,
+        variant=stated.variant,
+        dropout=stated.dropout,
+        modules_to_save=stated.modules_to_save,
     )
 
 
@@ -255,10 +297,22 @@ def spec_of(where: Path, config: Mapping[str, Any]) -> LoRA:
             exclude_modules=config.get("exclude_modules") or (),
             modules_to_save=config.get("modules_to_save") or (),
             dropout=config.get("lora_dropout") or 0.0,
-            variant="dora" if config.get("use_dora") else "lora",
+            variant=variant_marked(config),
         )
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
+
+
+def variant_marked(config: Mapping[str, Any]) -> str:
+    """The variant whose marks a configuration bears; "lora" where there is none."""
+    for name, variant in _pair_variants().items():
+        if variant.marks and all(config.get(key) == value for key, value in variant.marks.items()):
+            return name
+    return "lora"
+
+
+def _pair_variants() -> dict[str, type[PairVariant]]:
+    return {name: method.cls for name, method in VARIANTS.items() if issubclass(method.cls, PairVariant)}
 
 
 def _targets(where: Path, config: Mapping[str, Any]) -> str | tuple[str, ...]:
@@ -293,7 +347,7 @@ def by_site(where: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, T
 def site_and_suffix(key: str) -> tuple[str, str] | None:
     """Module path and kind of tensor that a name in the file tells of; None where it is no site's."""
     match = _KEY.match(key.removeprefix(PREFIX))
-    return None if match is None else (match["path"], match["suffix"].removesuffix(".weight"))
+    return None if match is None else (match["path"], match["suffix"])
 
 
 def stray(where: Path, key: str, shape: tuple[int, ...]) -> UnexpectedTensor:
@@ -325,9 +379,8 @@ def read_site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA, rank
     for name, other in ((name_A, name_B), (name_B, name_A)):
         if name not in found:
             raise MissingTensor(f"{where}: {path} has {other} but no {name}; expected both halves of the pair")
-    if "lora_magnitude_vector" in found and not isinstance(spec.variant, Dora):
-        raise UnexpectedTensor(f"{where}: {path} has DoRA's lora_magnitude_vector, but {CONFIG} does not say use_dora")
     A, B = found.pop(name_A), found.pop(name_B)
+    _check_declared(where, path, found, spec)
     _check_pair(where, path, A, B, rank)
     scale = spec.scale(rank, alpha)
     kind = "embedding" if embedding else "conv2d" if A.dim() == 4 else "linear"
@@ -335,6 +388,16 @@ def read_site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA, rank
     A = _shared_A(where, path, A, groups)
     delta = LowRank(_wide(B.flatten(1)), _wide(A.flatten(1)), scale)
     return SiteAdapter(kind, delta, tuple(A.shape[1:]) if kind == "conv2d" else (), groups, found)
+
+
+def _check_declared(where: Path, path: str, beside: Iterable[str], spec: LoRA) -> None:
+    """What stands beside a pair must be the variant's; loading the rest would be another function."""
+    assert isinstance(spec.variant, PairVariant)
+    for suffix in beside:
+        if suffix not in (*spec.variant.tensors, BASE_COPY):
+            marks = [v.marks for v in _pair_variants().values() if suffix in v.tensors]
+            hint = f"; {CONFIG} does not say {', '.join(marks[0])}" if marks else ""
+            raise UnexpectedTensor(f"{where}: {path} has {suffix}, which the configured adapter does not have{hint}")
 
 
 def _shared_A(where: Path, path: str, A: Tensor, groups: int) -> Tensor:

@@ -9,52 +9,59 @@ from torch import Tensor, nn
 
 from rankwise.adapted.slots import adapter_layers, adapter_name, check_new_name, host, install, root, switched_off
 from rankwise.adapted.whole_modules import check_copyable, copied_values
-from rankwise.adapter import Adapter, SiteAdapter, extract, probe
+from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe
 from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
-from rankwise.format.bottleneck import PEFT_TYPE, read_bottlenecks, write_bottlenecks
+from rankwise.format.base_layers import base_layer
+from rankwise.format.own_form import OwnAdapter, is_own, read_own_form, write_own_form
 from rankwise.format.peft import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
 from rankwise.layers.kinds import Kind, kind_of
 from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantised
-from rankwise.methods import nearest
+from rankwise.methods import name_of
 from rankwise.patterns import ends_of
 from rankwise.plan import keys_under, modules_saved_whole
 from rankwise.sites import SAVED, Site
-from rankwise.spec import Bottleneck
-from rankwise.variants import FoldableLayer, Variant
+from rankwise.variants import VARIANTS
+from rankwise.variants.base import FoldableLayer, PairVariant
 
 
 def save(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:
     """Write an adapter (the active one by default) as a PEFT directory that is exact on the clean base.
 
-    A bottleneck adapter, which PEFT does not know, gets a directory that only :func:`load` reads. Each file is written
-    whole and renamed into place.
+    An adapter that no pair can express, such as a bottleneck, gets a directory that PEFT refuses by name and only
+    :func:`load` reads. Each file is written whole and renamed into place.
 
     Raises:
         AttachError: no such adapter, or several are active and no name is given.
+        UnsupportedAdapter: its variant gives tensors that no reader would know.
+        NonFiniteTensor: it holds NaN or infinity.
     """
     name = adapter_name(model, name)
     owner, record = host(model)
     spec = record.specs[name]
-    if isinstance(spec, Bottleneck):
-        with switched_off(model):
-            write_bottlenecks(owner, spec, adapter_layers(model, name), directory)
-    else:
+    if isinstance(spec.variant, PairVariant):
         write_adapter(portable(model, name=name), directory)
+        return
+    with switched_off(model):
+        probes = base_probes(owner, list(adapter_layers(model, name)))
+    write_own_form(OwnAdapter(spec, adapter_layers(model, name), copied_values(owner, name), probes), directory)
 
 
 def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
-    """A LoRA, DoRA or AdaLoRA adapter on a model (the active one by default) as a value, without the model.
+    """An adapter that changes weights by a pair (the active one by default) as a value, without the model.
 
     Raises:
-        AttachError: no such adapter, several are active and no name is given, or it is a bottleneck.
+        AttachError: no such adapter, several are active and no name is given, or no pair can express it.
     """
     name = adapter_name(model, name)
     owner, record = host(model)
     spec = record.specs[name]
-    if isinstance(spec, Bottleneck):
-        raise AttachError(f"adapter {name!r} is a bottleneck, which changes no weight; expected one that does")
+    if not isinstance(spec.variant, PairVariant):
+        raise AttachError(
+            f"adapter {name!r} is of variant {name_of(VARIANTS, spec.variant)!r}, which no pair of factors can "
+            f"express; expected a PairVariant's"
+        )
     changes = {path: each for path, each in adapter_layers(model, name).items() if isinstance(each, FoldableLayer)}
     with switched_off(model):  # the probe must see the pretrained weights, whatever the anchor
         return extract(owner, spec, changes, copied_values(owner, name))
@@ -89,17 +96,20 @@ def load(
     if trainable:
         forbid_repacking(model)
     owner = root(model)
-    if read_json(Path(directory) / CONFIG).get("peft_type") == PEFT_TYPE:
-        bottleneck, layers, probes = read_bottlenecks(owner, directory)
+    where = Path(directory) / TENSORS
+    if is_own(read_json(Path(directory) / CONFIG)):
+        stored = read_own_form(owner, directory)
+        _check_allowed(stored.whole, modules_to_save, where)
         if not allow_other_base:
-            _check_base(owner, probes, None, directory, quantised=False)
-        install(owner, name, bottleneck, layers, trainable=trainable)
+            _check_base(owner, stored.base_probe, None, directory, quantised=False)
+        whole = _saved_whole(owner, stored.spec.modules_to_save, stored.whole, where)
+        install(owner, name, stored.spec, stored.layers, trainable=trainable, saved=whole)
         return model
     adapter = read_adapter(directory)
-    _check_allowed(adapter, modules_to_save, Path(directory) / TENSORS)
-    _check_promised(owner, adapter, Path(directory) / TENSORS)
+    _check_allowed(adapter.saved, modules_to_save, where)
+    _check_promised(owner, adapter, where)
     variant = adapter.spec.variant
-    assert isinstance(variant, Variant)
+    assert isinstance(variant, PairVariant)
     modules = dict(owner.named_modules())
     built = {
         path: _restore(modules, path, site, variant, adapter.spec.dropout, directory)
@@ -107,29 +117,30 @@ def load(
     }
     if not allow_other_base:
         _check_base(owner, adapter.base_probe, adapter.base_model, directory, quantised=adapter.base_quantised)
-    saved = _saved_whole(owner, adapter, Path(directory) / TENSORS)
-    install(owner, name, adapter.spec, built, trainable=trainable, saved=saved)
+    whole = _saved_whole(owner, adapter.spec.modules_to_save, adapter.saved, where)
+    install(owner, name, adapter.spec, built, trainable=trainable, saved=whole)
     return model
 
 
-def _saved_whole(model: nn.Module, adapter: Adapter, where: Path) -> dict[str, dict[str, Tensor]]:
+def _saved_whole(
+    model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor], where: Path
+) -> dict[str, dict[str, Tensor]]:
     """Path of a module of ``modules_to_save`` → its tensors, checked against the model's own.
 
     PEFT lists heads that a model may have ("classifier", "score"): a name without tensors that fits no module is none.
     """
     known = {end for path, _ in model.named_modules() for end in ends_of(path)}
-    present = [name for name in adapter.spec.modules_to_save if name in known]
+    present = [name for name in names if name in known]
     whole = modules_saved_whole(model, present)
-    found = {path: {k: v for k, v in adapter.saved.items() if k.startswith(f"{path}.")} for path in whole}
-    strays = adapter.saved.keys() - {key for tensors in found.values() for key in tensors}
+    by_module = {path: {k: v for k, v in tensors.items() if k.startswith(f"{path}.")} for path in whole}
+    strays = tensors.keys() - {key for part in by_module.values() for key in part}
     if strays:
         raise BaseMismatch(f"{where}: has {min(strays)}, of a module that this model lacks; it is another base's")
     for path, module in whole.items():
         check_copyable(path, module)
-        _check_state(where, path, module.state_dict(), found[path])
+        _check_state(where, path, module.state_dict(), by_module[path])
     return {
-        path: {key.removeprefix(f"{path}."): tensor for key, tensor in tensors.items()}
-        for path, tensors in found.items()
+        path: {key.removeprefix(f"{path}."): tensor for key, tensor in part.items()} for path, part in by_module.items()
     }
 
 
@@ -149,9 +160,9 @@ def _check_state(where: Path, path: str, own: Mapping[str, Tensor], found: Mappi
             raise ShapeMismatch(f"{where}: {key} is {found[key].dtype}, expected {tensor.dtype} as in this model")
 
 
-def _check_allowed(adapter: Adapter, names: Sequence[str] | None, where: Path) -> None:
+def _check_allowed(whole: Mapping[str, Tensor], names: Sequence[str] | None, where: Path) -> None:
     """If the caller names modules, no other is replaced."""
-    strays = adapter.saved.keys() - keys_under(names, adapter.saved) if names is not None else set()
+    strays = whole.keys() - keys_under(names, whole) if names is not None else set()
     if strays:
         raise UnexpectedTensor(
             f"{where}: has {min(strays)}, which would replace a whole tensor of the model; expected such tensors of "
@@ -177,11 +188,13 @@ def _restore(
     modules: Mapping[str, nn.Module],
     path: str,
     site: SiteAdapter,
-    variant: Variant,
+    variant: PairVariant,
     dropout: float,
     directory: str | Path,
 ) -> FoldableLayer:
-    layer, kind = _layer(modules, path, directory)
+    layer = base_layer(modules, path, directory)
+    kind = kind_of(layer)
+    assert kind is not None
     _check_fits(layer, kind, path, site, directory)
     extra = dict(site.extra)
     _check_base_copy(layer, path, extra.pop(BASE_COPY, None), directory)
@@ -205,18 +218,6 @@ def _check_base_copy(layer: Any, path: str, copy: Tensor | None, directory: str 
             f"{directory}: holds a whole weight for {path} ({tuple(copy.shape)}) that is not this model's "
             f"{tuple(own.shape)} one, so the base was resized or trained; load that base first"
         )
-
-
-def _layer(modules: Mapping[str, nn.Module], path: str, directory: str | Path) -> tuple[Any, Kind]:
-    if path not in modules:
-        raise BaseMismatch(
-            f"{directory}: the adapter has tensors for {path!r}, which this model lacks{nearest(path, modules)}; "
-            f"it was written for another base"
-        )
-    kind = kind_of(modules[path])
-    if kind is None:
-        raise BaseMismatch(f"{directory}: {path} is a {type(modules[path]).__name__} here, which carries no adapter")
-    return modules[path], kind
 
 
 def _check_fits(layer: Any, kind: Kind, path: str, site: SiteAdapter, directory: str | Path) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 Answer = Literal["yes", "after export", "no"]
 
-_BOTTLENECK, _ADALORA = "RANKWISE_BOTTLENECK", "ADALORA"
+_OWN, _ADALORA = "RANKWISE_", "ADALORA"
 _HEADS = ("lm_head", "embed_out", "output_projection")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _OLLAMA_FAMILIES = ("llama", "mistral", "gemma")
@@ -66,7 +66,7 @@ def _vllm_rank(traits: Traits) -> int:
 
 # The rules that hold for every engine but PEFT; a rule below one that applies is not asked.
 _SHARED: tuple[Rule, ...] = (
-    (lambda t: t.peft_type == _BOTTLENECK, "no", "a bottleneck adapter is rankwise's own: load it here"),
+    (lambda t: t.peft_type.startswith(_OWN), "no", "no pair of factors can express it: load it with rankwise"),
     (lambda t: t.dora, "no", "DoRA's magnitudes are not read: merge it into its base"),
     (lambda t: "conv2d" in t.sites.values(), "no", "convolutions are not read: merge it into its base"),
     (lambda t: t.peft_type == _ADALORA, "after export", "load it here and save it: that writes plain LoRA"),
@@ -90,7 +90,7 @@ _EMBEDDINGS: Rule = (
 ENGINES: dict[str, tuple[Rule, ...]] = {
     "rankwise": ((_always, "yes", ""),),
     "PEFT": (
-        (lambda t: t.peft_type == _BOTTLENECK, "no", "a bottleneck adapter is rankwise's own: load it here"),
+        (lambda t: t.peft_type.startswith(_OWN), "no", "no pair of factors can express it: load it with rankwise"),
         (_always, "yes", ""),
     ),
     "vLLM": (

@@ -15,8 +15,8 @@ from rankwise.adapter import SiteAdapter, read_probes
 from rankwise.errors import BrokenFile, MissingTensor, RankwiseError, SpecError, UnsafeFile
 from rankwise.files import check_stays_inside, each_tensor, is_pickle, read_json, tensor_entries
 from rankwise.format import adalora
-from rankwise.format.bottleneck import PEFT_TYPE as BOTTLENECK
-from rankwise.format.bottleneck import bottlenecks_by_site
+from rankwise.format.own_form import PREFIX as OWN
+from rankwise.format.own_form import configured, is_own, states_by_site
 from rankwise.format.peft import (
     CONFIG,
     EXTRA,
@@ -56,11 +56,11 @@ class SiteFacts:
 
     Attributes:
         name: module path.
-        kind: "linear", "conv2d", "embedding" or "bottleneck".
+        kind: "linear", "conv1d", "conv2d" or "embedding"; of an adapter that rankwise alone reads, its variant.
         shape: (out, in) of the weight as one matrix.
         rank, scale: of ΔW = scale · B A; of a bottleneck, its width and 1.
         dtype: of the stored tensors.
-        change: ‖ΔW‖_F; None for a bottleneck, and where it is beyond fp32.
+        change: ‖ΔW‖_F; None where no pair expresses it, and where it is beyond fp32.
     """
 
     name: str
@@ -126,9 +126,9 @@ def inspect(directory: str | Path) -> Inspection:
     spec = None
     whole: list[str] = []
     sites: list[SiteFacts] = []
-    if config.get("peft_type") == BOTTLENECK and header is not None:
-        sites = list(_bottlenecks(folder, entries, problems))
-    elif config and config.get("peft_type") != BOTTLENECK:
+    if is_own(config):
+        sites = list(_own_sites(folder, config, entries, problems))
+    elif config:
         spec = problems.catch(lambda: _spec(folder / CONFIG, config))
     if spec is not None and header is not None:
         whole = keys_under(spec.modules_to_save, entries)
@@ -264,14 +264,20 @@ def _site(
     return read_site(where, path, found, spec, given[0][path], given[1][path])
 
 
-def _bottlenecks(folder: Path, entries: Mapping[str, TensorEntry], problems: _Problems) -> Iterator[SiteFacts]:
-    grouped = problems.catch(lambda: bottlenecks_by_site(entries, folder)) or {}
+def _own_sites(
+    folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], problems: _Problems
+) -> Iterator[SiteFacts]:
+    """The sites of a directory that rankwise alone reads."""
+    spec_and_sites = problems.catch(lambda: configured(folder / CONFIG, config))
+    if spec_and_sites is None:
+        return
+    _, sites = spec_and_sites
+    states = problems.catch(lambda: states_by_site(folder / TENSORS, entries, sites)) or {}
     problems.catch(lambda: _check_finite(folder / TENSORS, entries))
-    for path, parts in grouped.items():
-        up = parts["up.weight"]
-        if len(up.shape) == 2:
-            out, width = up.shape
-            yield SiteFacts(path, "bottleneck", (out, out), width, 1.0, up.dtype, None)
+    variant = str(config["peft_type"]).removeprefix(OWN).lower()
+    for path, state in states.items():
+        site, dtype = sites[path], ", ".join(sorted({entry.dtype for entry in state.values()}))
+        yield SiteFacts(path, variant, site.shape, site.rank, site.scale, dtype, None)
 
 
 def _check_finite(where: Path, names: Iterable[str]) -> None:
@@ -282,7 +288,7 @@ def _check_finite(where: Path, names: Iterable[str]) -> None:
 def _check_own_file(folder: Path, config: Mapping[str, Any], sites: set[str]) -> None:
     """rankwise.json, where there is one."""
     where = folder / EXTRA
-    if config.get("peft_type") == BOTTLENECK:
+    if is_own(config):
         read_probes(folder / CONFIG, config)
     elif where.is_file() and sites:
         extra = read_json(where)
@@ -300,7 +306,7 @@ def _traits(config: Mapping[str, Any], spec: LoRA | None, sites: list[SiteFacts]
         {site.name: site.kind for site in sites},
         max((site.rank for site in sites), default=0),
         len({(site.rank, site.scale) for site in sites}) == 1,
-        spec is not None and spec.scaling == "rslora",
+        config.get("use_rslora") is True,
         config.get("use_dora") is True,
         replaced,
     )

@@ -3,8 +3,8 @@
 from rankwise.optim import lora_plus, lora_pro
 from rankwise.optim.lora_plus import derived_ratio, param_groups
 from rankwise.optim.lora_pro import LoraPro
-from rankwise.optim.rank_allocator import RankAllocator
 from rankwise.optim.table import OPTIMIZERS, AdamWChoice, LoraPlusChoice, LoraProChoice, OptimizerChoice
+from rankwise.variants.rank_allocator import RankAllocator
 
 __all__ = [
     "OPTIMIZERS",

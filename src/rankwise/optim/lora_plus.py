@@ -8,7 +8,7 @@ from torch import nn
 from rankwise.adapted.slots import host, slots
 from rankwise.errors import AttachError
 from rankwise.optim.checks import check_number
-from rankwise.variants import PairLayer
+from rankwise.variants.base import PairLayer
 
 
 def derived_ratio(out: int, into: int, rank: int) -> float:

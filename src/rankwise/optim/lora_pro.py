@@ -30,7 +30,7 @@ from rankwise.errors import CheckpointError, SpecError, TrainingError
 from rankwise.methods import nearest
 from rankwise.optim.checks import check_betas, check_number
 from rankwise.shapes import Float
-from rankwise.variants import LoraLayer
+from rankwise.variants.lora import LoraLayer
 
 # --- the equivalent gradient -----------------------------------------------------------------------------------------
 

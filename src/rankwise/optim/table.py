@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rankwise.methods import Entry
+from rankwise.methods import Method
 from rankwise.optim.lora_plus import param_groups
 from rankwise.optim.lora_pro import LoraPro
 
@@ -57,10 +57,16 @@ class LoraProChoice(OptimizerChoice):
         return LoraPro.for_model(model, lr, form=self.form, betas=self.betas, eps=self.eps, weight_decay=weight_decay)
 
 
-OPTIMIZERS: dict[str, Entry] = {
-    "adamw": Entry(AdamWChoice, "arXiv 1711.05101", "torch's AdamW on the pairs: the default"),
-    "lora-plus": Entry(LoraPlusChoice, "arXiv 2402.12354", "AdamW with a larger learning rate for B than for A"),
-    "lora-pro": Entry(
-        LoraProChoice, "arXiv 2407.18242", "moves the pair so that the weight moves as full fine-tuning would move it"
+OPTIMIZERS: dict[str, Method] = {
+    "adamw": Method("rankwise.optim.table:AdamWChoice", "arXiv 1711.05101", "torch's AdamW on the pairs: the default"),
+    "lora-plus": Method(
+        "rankwise.optim.table:LoraPlusChoice",
+        "arXiv 2402.12354",
+        "AdamW with a larger learning rate for B than for A",
+    ),
+    "lora-pro": Method(
+        "rankwise.optim.table:LoraProChoice",
+        "arXiv 2407.18242",
+        "moves the pair so that the weight moves as full fine-tuning would move it",
     ),
 }

@@ -11,7 +11,6 @@ from datasets import Dataset
 
 import rankwise as rw
 from rankwise.train import preflight
-from rankwise.train.adalora_callback import AdaLoraCallback
 from rankwise.train.data import Data
 from rankwise.train.generation import Sample, before_and_after
 from rankwise.train.pretrained import load_pretrained
@@ -50,7 +49,7 @@ class CausalLM(Task):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[bar, AdaLoraCallback()],
+            callbacks=[bar],
             recipe=recipe,
         )
         warnings = preflight.check_labels(trainer.train_dataset, train, "training", tokenizer, recipe.max_length)

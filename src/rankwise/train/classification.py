@@ -15,7 +15,6 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 import rankwise as rw
 from rankwise.errors import DataError, RecipeError
 from rankwise.report.figures import points
-from rankwise.train.adalora_callback import AdaLoraCallback
 from rankwise.train.data import Data, load_records
 from rankwise.train.generation import Sample
 from rankwise.train.labels import save_labels
@@ -75,7 +74,7 @@ class Classification(Task):
             data_collator=DataCollatorWithPadding(loaded.tokenizer),
             compute_metrics=_accuracy,
             preprocess_logits_for_metrics=_predicted,
-            callbacks=[bar, AdaLoraCallback()],
+            callbacks=[bar],
             recipe=recipe,
         )
         return trainer, []

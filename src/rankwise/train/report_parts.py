@@ -9,8 +9,10 @@ from pathlib import Path
 from rankwise.adapter import Adapter
 from rankwise.analysis import Alignment
 from rankwise.inspection.inspection import inspect
+from rankwise.methods import name_of
 from rankwise.report.measure import SiteMeasures
 from rankwise.report.page import AdapterPart
+from rankwise.scaling import SCALINGS
 from rankwise.train.generation import Sample
 
 # Optimizer → site → how the next step agrees with full fine-tuning's.
@@ -27,7 +29,7 @@ def adapter_part(
         "base model": found.base_model or "not named",
         "sites": str(len(found.sites)),
         "rank": ", ".join(str(rank) for rank in sorted({site.rank for site in found.sites})),
-        "scaling": adapter.spec.scaling,
+        "scaling": name_of(SCALINGS, adapter.spec.scaling),
         "parameters": f"{found.parameters:,} ({', '.join(found.dtypes)})",
         "replaces whole": ", ".join(found.replaced) or "nothing",
     }

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice, advise_ranks, step_spectrum
 from rankwise.errors import RecipeError
-from rankwise.inits import Init
+from rankwise.inits.base import Init
 from rankwise.train.recipe import Recipe
 from rankwise.train.task import Batch, Loaded
 from rankwise.train.trainer import AdapterTrainer

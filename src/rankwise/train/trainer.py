@@ -25,6 +25,7 @@ from rankwise.format.state import load_state, save_state
 from rankwise.train import checkpoints, exact_resume
 from rankwise.train.preflight import ROW
 from rankwise.train.recipe import Recipe
+from rankwise.train.variant_callback import VariantCallback
 
 RESULTS = "metrics.json"  # of a run that is through: the last file that it writes
 _SHOWN_SAMPLES = 32
@@ -50,6 +51,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         with _announced(model), _refusals():
             super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)
+        self.add_callback(VariantCallback())
 
     @cached_property
     def facts(self) -> dict[str, Any]:

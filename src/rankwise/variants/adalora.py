@@ -1,7 +1,7 @@
 """AdaLoRA: ΔW = s·B diag(λ) A, its ranks shared out over the sites in training (Zhang 2023, arXiv 2303.10512).
 
 The paper's P Λ Q is our B diag(λ) A. λ = 0 at the start, so no start pair needs an anchor. A *triplet* i of a site is
-(B[:, i], λ[i], A[i]); the allocator (``rankwise.optim.RankAllocator``) sets the λ of unimportant ones to zero.
+(B[:, i], λ[i], A[i]); the allocator (:mod:`rankwise.variants.rank_allocator`) sets the λ of unimportant ones to zero.
 """
 
 import math
@@ -17,7 +17,7 @@ from rankwise.errors import SpecError
 from rankwise.layers.kinds import Kind
 from rankwise.shapes import Bool, Float
 from rankwise.sites import Site, Start
-from rankwise.variants.base import ALL, PairLayer, Variant
+from rankwise.variants.base import ALL, PairLayer, PairVariant, TrainingHook
 
 FACTORS = ("lora_A", "lora_B", "lora_E")
 
@@ -52,7 +52,7 @@ class AdaLoraLayer(PairLayer):
     @property
     def target_rank(self) -> int:
         """This site's share of the final budget, if all sites were alike."""
-        return self.site.target_rank or self.site.rank
+        return self.site.rank
 
     def factors(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Parameter, sensitivity, uncertainty of A, B and λ."""
@@ -98,12 +98,13 @@ class AdaLoraLayer(PairLayer):
 
 
 @dataclass(frozen=True)
-class AdaLora(Variant):
+class AdaLora(PairVariant):
     """ΔW = s·B diag(λ) A with ranks shared out by importance.
 
     ``LoRA(rank=r)`` is the target: the *average* rank per site that is left in the end. Training starts with ⌈1.5 r⌉
     (at most min(out, in)), and s follows from r. With the default init, A and B are N(0, 0.02²), the paper's start;
-    any other init gives its directions, and a half that it leaves at zero is drawn from N(0, 0.02²).
+    any other init gives its directions, and a half that it leaves at zero is drawn from N(0, 0.02²). Saved, it is the
+    plain LoRA adapter B diag(λ), A of what was kept, and is read as that.
 
     Attributes:
         start_factor: initial rank over target rank.
@@ -133,10 +134,10 @@ class AdaLora(Variant):
         _check("delta_t", self.delta_t, "an integer ≥ 1", type(self.delta_t) is int and self.delta_t >= 1)
         _check("orthogonal_weight", self.orthogonal_weight, "a number ≥ 0", self.orthogonal_weight >= 0)
 
-    def initial_rank(self, rank: int, shape: tuple[int, int]) -> int:
-        return max(rank, min(math.ceil(self.start_factor * rank), *shape))
+    def starting(self, site: Site) -> Site:
+        return replace(site, rank=max(site.rank, min(math.ceil(self.start_factor * site.rank), *site.shape)))
 
-    def own_start(self, start: Start, generator: Generator, *, default: bool) -> Start:
+    def adjusted(self, start: Start, generator: Generator, *, default: bool) -> Start:
         A, B = (_drawn(half, generator) if default or not half.any() else half for half in (start.A, start.B))
         return replace(start, A=A, B=B)
 
@@ -147,6 +148,11 @@ class AdaLora(Variant):
         self, site: Site, kind: Kind, weight: Tensor, delta: LowRank, extra: Mapping[str, Tensor]
     ) -> AdaLoraLayer:
         return AdaLoraLayer(site, kind, 0.0, Start(delta.A, delta.B, cancel=False), self)
+
+    def training_hook(self, model: nn.Module, total_steps: int) -> TrainingHook:
+        from rankwise.variants.rank_allocator import RankAllocator  # which is made of these layers
+
+        return RankAllocator(model, total_steps)
 
 
 def _drawn(like: Tensor, generator: Generator) -> Tensor:

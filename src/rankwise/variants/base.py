@@ -1,13 +1,18 @@
-"""What a variant is: an options object that builds one site's adapter layer."""
+"""What a variant is: an options object that builds one site's adapter layer, and owns its exceptions.
+
+It says which tensors train, how they are written to a file and read again, and what it does in a training loop.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank
+from rankwise.errors import SpecError
 from rankwise.layers.kinds import Kind
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
@@ -16,7 +21,13 @@ ALL = slice(None)
 
 
 class AdapterLayer(nn.Module, ABC):
-    """One adapter at one site: ``adapt`` puts it on the frozen layer's output."""
+    """One adapter at one site: ``adapt`` puts it on the frozen layer's output.
+
+    Attributes:
+        frozen: names of parameters that are never trained.
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, site: Site, kind: Kind, dropout: float) -> None:
         super().__init__()
@@ -28,6 +39,12 @@ class AdapterLayer(nn.Module, ABC):
     def active_dropout(self) -> float:
         """The probability in force now: 0 outside training."""
         return self.dropout if self.training else 0.0
+
+    def requires_grad_(self, requires_grad: bool = True) -> "AdapterLayer":
+        """Train the parameters that are to be trained, or none."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and name not in self.frozen)
+        return self
 
     @abstractmethod
     def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -65,6 +82,10 @@ class FoldableLayer(AdapterLayer):
     def fold(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The weight that alone does what layer and adapter do together; a new tensor."""
         return weight + self.change(weight)
+
+    def start_to_fold(self) -> LowRank | None:
+        """What must be taken off the base weight for this layer to be right; None where the base stays as it is."""
+        return None
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """What an adapter file holds for this site beside the pair, by the file's suffix."""
@@ -107,22 +128,91 @@ class PairLayer(FoldableLayer):
         return self.lora_B if self.start_B is None else self.start_B + self.lora_B
 
 
+class TrainingHook(ABC):
+    """What a variant does in a training loop beside the optimizer."""
+
+    @abstractmethod
+    def before_step(self, step: int) -> None:
+        """Between ``backward`` and ``optimizer.step`` of a step, counted from 1."""
+
+    @abstractmethod
+    def finish(self, step: int) -> None:
+        """After the last step, whether or not the run came to its planned end."""
+
+
 class Variant(ABC):
-    """The options of a variant (frozen dataclass fields); builds its layers."""
+    """The options of a variant (frozen dataclass fields); builds its layers.
 
-    def initial_rank(self, rank: int, shape: tuple[int, int]) -> int:
-        """The rank that training starts with at a site of shape (out, in) for which the spec says ``rank``."""
-        return rank
+    An adapter is saved as its layers' own state, in a directory that rankwise alone reads, unless the variant is a
+    :class:`PairVariant`.
 
-    def own_start(self, start: Start, generator: Generator, *, default: bool) -> Start:
+    Attributes:
+        takes_start: whether its layers begin with an init's start pair. False: any init but the default is refused.
+    """
+
+    takes_start: ClassVar[bool] = True
+
+    def anchored(self, anchor: Literal["frozen", "fold"]) -> "Variant":
+        """The variant that builds layers for this kind of anchor.
+
+        Raises:
+            SpecError: none does.
+        """
+        if anchor == "fold":
+            raise SpecError("anchor='fold' goes with variant='lora' only; leave anchor='frozen'")
+        return self
+
+    def check_site(self, site: Site, kind: Kind) -> None:
+        """Refuse a site that cannot carry this variant.
+
+        Raises:
+            SpecError: the rank does not fit. TargetError: the kind of layer does not.
+        """
+        if site.rank > min(site.shape):
+            raise SpecError(
+                f"{site.name}: rank {site.rank} is larger than min(out, in) = {min(site.shape)} of its "
+                f"{site.shape[0]} × {site.shape[1]} weight; lower rank, or set it for this module in rank_pattern"
+            )
+
+    def starting(self, site: Site) -> Site:
+        """The site with the rank that training starts with: the spec's own, unless the variant prunes ranks later."""
+        return site
+
+    def adjusted(self, start: Start, generator: Generator, *, default: bool) -> Start:
         """What the variant makes of an init's start; ``default``: of the default init, which asks for nothing else."""
         return start
 
     @abstractmethod
     def build(
         self, site: Site, kind: Kind, weight: Float[Tensor, "out in"], start: Start, dropout: float
-    ) -> FoldableLayer:
-        """One site's adapter layer for a new adapter, in the dtype and on the device of the start pair."""
+    ) -> AdapterLayer:
+        """One site's adapter layer for a new adapter, in the dtype and on the device of the start pair.
+
+        Args:
+            site: as the spec has it; the rank of the start may be larger (:meth:`starting`).
+        """
+
+    def training_hook(self, model: nn.Module, total_steps: int) -> TrainingHook | None:
+        """What is to run beside the optimizer of ``model``, which trains such an adapter; None: nothing."""
+        return None
+
+
+class PairVariant(Variant):
+    """A variant that is written as a PEFT directory: a pair for each site, and perhaps tensors beside it.
+
+    Attributes:
+        marks: entries of PEFT's configuration by which a file is known to be this variant's. Without any, a file is
+            read as plain LoRA.
+        tensors: file suffixes of what :meth:`FoldableLayer.extra_tensors` gives.
+    """
+
+    marks: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    tensors: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def build(
+        self, site: Site, kind: Kind, weight: Float[Tensor, "out in"], start: Start, dropout: float
+    ) -> FoldableLayer: ...
 
     @abstractmethod
     def restore(

@@ -16,6 +16,7 @@ d ⊙ W x, which costs a second product with W. Without dropout, and in evaluati
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from rankwise.errors import MissingTensor, ShapeMismatch
 from rankwise.layers.kinds import Kind
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
-from rankwise.variants.base import ALL, Variant
+from rankwise.variants.base import ALL, PairVariant
 from rankwise.variants.lora import LoraLayer
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -153,8 +154,11 @@ def _sum_of_products(a: Tensor, b: Tensor, axis: int) -> Float[Tensor, " out"]:
 
 
 @dataclass(frozen=True)
-class Dora(Variant):
+class Dora(PairVariant):
     """W' = m ⊙ (W + ΔW)/‖W + ΔW‖ per output, m trained."""
+
+    marks: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_dora": True})
+    tensors: ClassVar[tuple[str, ...]] = (MAGNITUDE,)
 
     def build(self, site: Site, kind: Kind, weight: Tensor, start: Start, dropout: float) -> DoraLayer:
         layer = DoraLayer(site, kind, dropout, start, weight, anchored=start.needs_anchor)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -9,7 +10,7 @@ from rankwise.algebra.low_rank import LowRank, difference
 from rankwise.layers.kinds import Kind
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
-from rankwise.variants.base import ALL, PairLayer, Variant
+from rankwise.variants.base import ALL, PairLayer, PairVariant
 
 
 class LoraLayer(PairLayer):
@@ -38,10 +39,17 @@ class FoldedLoraLayer(LoraLayer):
     def running(self) -> LowRank:
         return LowRank(self.B, self.A, self.scale)
 
+    def start_to_fold(self) -> LowRank:
+        assert self.start_A is not None and self.start_B is not None
+        return LowRank(self.start_B, self.start_A, self.scale)
+
 
 @dataclass(frozen=True)
-class Lora(Variant):
+class Lora(PairVariant):
     """W = W₀ + s(BA − B₀A₀)."""
+
+    def anchored(self, anchor: Literal["frozen", "fold"]) -> "Lora":
+        return FoldedLora() if anchor == "fold" else self
 
     def build(self, site: Site, kind: Kind, weight: Tensor, start: Start, dropout: float) -> LoraLayer:
         return LoraLayer(site, kind, dropout, start, anchored=start.needs_anchor)
@@ -52,7 +60,7 @@ class Lora(Variant):
 
 @dataclass(frozen=True)
 class FoldedLora(Lora):
-    """What ``anchor="fold"`` builds: the caller subtracts the start from the base weight."""
+    """What ``anchor="fold"`` builds: the caller takes the start off the base weight."""
 
     def build(self, site: Site, kind: Kind, weight: Tensor, start: Start, dropout: float) -> LoraLayer:
         cls = FoldedLoraLayer if start.needs_anchor else LoraLayer

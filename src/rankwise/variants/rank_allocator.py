@@ -4,12 +4,17 @@ Its only state are buffers of the adapter layers, so a model's ``state_dict`` an
 carry it: a resumed run makes a new allocator and goes on.
 """
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError, SpecError, TrainingError
 from rankwise.shapes import Bool, Float
-from rankwise.variants import AdaLoraLayer
+from rankwise.variants.adalora import AdaLoraLayer
+from rankwise.variants.base import TrainingHook
+
+log = logging.getLogger("rankwise")
 
 
 def cubic_budget(step: int, start: int, target: int, t_initial: int, total: int, t_final: int) -> int:
@@ -27,7 +32,7 @@ def cubic_budget(step: int, start: int, target: int, t_initial: int, total: int,
     return target + int((start - target) * left**3)
 
 
-class RankAllocator:
+class RankAllocator(TrainingHook):
     """Shares the ranks out over the sites of an AdaLoRA adapter. Needs one call a step, in any loop::
 
         allocator = RankAllocator(model, total_steps)
@@ -99,11 +104,26 @@ class RankAllocator:
             return
         self._update_scores()
         if step >= self.total_steps - self.t_final:
-            self.finish()
+            self.settle()
         elif step > self.t_initial and step % self.options.delta_t == 0:
             self._prune(self.budget(step), for_good=False)
 
-    def finish(self) -> None:
+    def before_step(self, step: int) -> None:
+        """:meth:`step`, where the penalty is not part of the loss: its gradient is added first."""
+        self.add_penalty_gradient()
+        self.step(step)
+
+    def finish(self, step: int) -> None:
+        """Settle the final ranks if the run ended before its pruning did."""
+        if not self.finished:
+            log.warning(
+                "AdaLoRA: the run ended at step %d, before its pruning did; cut to a total rank of %d now",
+                step,
+                self.target,
+            )
+            self.settle()
+
+    def settle(self) -> None:
         """Keep the ``target`` most important triplets for good."""
         self._prune(self.target, for_good=True)
 
