@@ -19,7 +19,7 @@ from rankwise.errors import AttachError, MissingTensor, SpecError, TrainingError
 from rankwise.format.state import load_state, save_state
 from rankwise.optim import RankAllocator
 from rankwise.optim.rank_allocator import adalora_layers, cubic_budget, most_important
-from rankwise.train.adalora_callback import AdaLoraCallback
+from rankwise.train.trainer.adalora_callback import AdaLoraCallback
 from rankwise.variants import AdaLora
 
 RANK, SITES = 4, 3

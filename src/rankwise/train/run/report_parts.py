@@ -11,7 +11,7 @@ from rankwise.analysis import Alignment
 from rankwise.inspection.inspection import inspect
 from rankwise.report.measure import SiteMeasures
 from rankwise.report.page import AdapterPart
-from rankwise.train.generation import Sample
+from rankwise.train.model.generation import Sample
 
 # Optimizer → site → how the next step agrees with full fine-tuning's.
 Measured = Mapping[str, Mapping[str, Alignment]]
