@@ -21,7 +21,7 @@ from rankwise.adapter import Adapter, SiteAdapter
 from rankwise.algebra.low_rank import LowRank
 from rankwise.format.peft import read_adapter, write_adapter
 from rankwise.report.measure import measure
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.model.pretrained import load_pretrained
 
 RESULTS = Path(__file__).parent / "results" / "analyze.json"
 # Llama-2-7B's linear layers.

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from rankwise.train import recipe as recipes
-from rankwise.train import run
+from rankwise.train.run import run
 
 RECIPE = Path(__file__).parents[1] / "examples" / "classification.yaml"
 RESULTS = Path(__file__).parent / "results" / "classification.json"

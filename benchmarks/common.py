@@ -43,8 +43,8 @@ def batches(
     Args:
         full: fill every sequence to ``length`` with verse after verse, as packing does; else one verse, padded.
     """
-    from rankwise.train.kjv import kjv_records
-    from rankwise.train.pretrained import load_pretrained
+    from rankwise.train.data.kjv import kjv_records
+    from rankwise.train.model.pretrained import load_pretrained
 
     _, tokenizer = load_pretrained(MODEL)
     records = iter(random.Random(seed).sample(kjv_records(held_out=False), 12 * count * size))

@@ -16,7 +16,8 @@ import torch
 import trl.trainer.utils
 from rich.console import Console
 
-from rankwise.train import demo, run
+from rankwise.train import demo
+from rankwise.train.run import run
 
 RESULTS = Path(__file__).parent / "results" / "demo_learning_rates.json"
 GRID = {"LoRA": [1e-3, 2e-3, 4e-3], "LoRA-GA": [3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4]}

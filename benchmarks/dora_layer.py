@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.model.pretrained import load_pretrained
 
 RANK, ALPHA, WIDTH = 8, 16, 1024
 RESULTS = Path(__file__).with_name("results") / "dora_layer.json"

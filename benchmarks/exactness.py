@@ -15,7 +15,7 @@ import rankwise as rw
 from rankwise.algebra.low_rank import LowRank, difference
 from rankwise.inits import INITS
 from rankwise.sites import Site
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.model.pretrained import load_pretrained
 
 SKIPPED = {"loftq": "corrects a quantised base, so its start differs from that base on purpose"}
 

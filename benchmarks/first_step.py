@@ -16,7 +16,7 @@ from common import MODEL, batches, machine, write
 
 import rankwise as rw
 from rankwise.analysis.alignment import alignment
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.model.pretrained import load_pretrained
 
 STARTS = {
     "kaiming": "kaiming",

@@ -28,7 +28,7 @@ from torch import Tensor
 import rankwise as rw
 from rankwise.evidence.sketch import _Running
 from rankwise.layers.increments import Outer
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.model.pretrained import load_pretrained
 
 RANK = 8
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -13,7 +13,8 @@ import torch
 from common import machine, write
 from rich.console import Console
 
-from rankwise.train import demo, run
+from rankwise.train import demo
+from rankwise.train.run import run
 
 
 def held_out_loss(method: str, seed: int, steps: int) -> float:

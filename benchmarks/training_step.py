@@ -19,7 +19,7 @@ from common import MODEL, RESULTS, batches, interleaved, machine, ratio, seconds
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import rankwise as rw
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.model.pretrained import load_pretrained
 
 # On a CPU the process's own time: others on the machine do not count, and with one thread it is what a step takes.
 CLOCK = {"cpu": time.process_time, "cuda": time.perf_counter}

@@ -39,6 +39,6 @@ def seeded() -> None:
 @pytest.fixture
 def smollm2() -> tuple[Any, Any]:
     """The built-in 135 M model in fp32 and its tokenizer, fresh: a test may do to them what it likes."""
-    from rankwise.train.pretrained import load_pretrained
+    from rankwise.train.model.pretrained import load_pretrained
 
     return load_pretrained("smollm2-135m")

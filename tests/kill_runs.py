@@ -30,9 +30,10 @@ from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama, write_pairs
 
 from rankwise.errors import CheckpointError
-from rankwise.train import checkpoints, run
 from rankwise.train import recipe as recipes
-from rankwise.train.trainer import AdapterTrainer
+from rankwise.train.run import run
+from rankwise.train.trainer import checkpoints
+from rankwise.train.trainer.trainer import AdapterTrainer
 
 SILENT = Console(quiet=True)
 STEPS = 8

@@ -14,8 +14,8 @@ import rankwise as rw
 from rankwise.cli import app
 from rankwise.errors import RecipeError
 from rankwise.train import recipe as recipes
-from rankwise.train import run
 from rankwise.train.analyze import analyze
+from rankwise.train.run import run
 
 SILENT = Console(quiet=True)
 

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 import rankwise as rw
 from rankwise.cli import app
 from rankwise.errors import DataError, NoGradient, TrainingError
-from rankwise.train import preflight, run
 from rankwise.train import recipe as recipes
-from rankwise.train.smoke import smoke_step
+from rankwise.train.data import preflight
+from rankwise.train.run import run
+from rankwise.train.run.trial_step import try_step
 
 SILENT = Console(quiet=True)
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
@@ -59,7 +60,7 @@ def test_check_shows_what_is_trained_and_trains_nothing(make, tmp_path):
 
 def test_trained_and_masked_pieces_are_told_apart(make):
     prepared = run.prepare(run.load(make(), SILENT), SILENT)
-    assert prepared.look.samples[0] == [("say 0: ", False), ("0 is what I say<eos>", True)]
+    assert prepared.summary.samples[0] == [("say 0: ", False), ("0 is what I say<eos>", True)]
 
 
 def test_a_step_leaves_everything_as_it_was(make):
@@ -67,7 +68,7 @@ def test_a_step_leaves_everything_as_it_was(make):
     model, before = prepared.model, torch.get_rng_state()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.eval()
-    smoke_step(model, prepared.batches[0])
+    try_step(model, prepared.batches[0])
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -77,11 +78,11 @@ def test_a_step_leaves_everything_as_it_was(make):
 def test_its_figures_are_those_of_the_step(make):
     prepared = run.prepare(run.load(make(), SILENT), SILENT)
     model, batch = prepared.model, prepared.batches[0]
-    found = smoke_step(model, batch)
+    found = try_step(model, batch)
     assert found.loss == pytest.approx(float(model(**batch).loss.detach()), rel=1e-6)
     assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
     assert found.training == 3 * 4 * sum(p.numel() for p in rw.trainable_parameters(model))
-    twice = smoke_step(model, {key: torch.cat([value, value]) for key, value in batch.items()})
+    twice = try_step(model, {key: torch.cat([value, value]) for key, value in batch.items()})
     assert twice.activations == pytest.approx(2 * found.activations, rel=0.05)
     assert found.idle == []
 
@@ -144,7 +145,7 @@ def test_running_text_need_not_end(tiny):
 
 
 def test_too_little_memory_is_said_before_it_is_felt(make, monkeypatch, capsys):
-    monkeypatch.setattr("rankwise.train.smoke._memory", lambda device: 10**5)
+    monkeypatch.setattr("rankwise.train.run.trial_step._memory", lambda device: 10**5)
     console = Console(width=300)
     run.prepare(run.load(make(), console), console)
     assert "gradient_checkpointing" in capsys.readouterr().out

@@ -14,8 +14,8 @@ from zoo import perturb
 import rankwise as rw
 from rankwise.cli import app
 from rankwise.errors import BrokenFile, MergeError, PretrainedError
-from rankwise.train.merged import base_of, save_merged
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.model.merged import base_of, save_merged
+from rankwise.train.model.pretrained import load_pretrained
 
 pytestmark = pytest.mark.end_to_end
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from rankwise.train import recipe as recipes
-from rankwise.train import run
+from rankwise.train.run import run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if CHROMIUM is None and os.environ.get("RANKWISE_NEEDS_BROWSER"):

@@ -29,10 +29,10 @@ from rankwise.errors import (
     TrainingError,
 )
 from rankwise.train import recipe as recipes
-from rankwise.train import run
-from rankwise.train.checkpoints import checkpoints
-from rankwise.train.progress import ProgressBar
-from rankwise.train.run_lock import only_writer
+from rankwise.train.run import run
+from rankwise.train.run.lock import only_writer
+from rankwise.train.trainer.checkpoints import checkpoints
+from rankwise.train.trainer.progress import ProgressBar
 
 SILENT = Console(quiet=True)
 
@@ -185,7 +185,7 @@ def test_what_would_change_the_steps_is_refused_line_by_line(make, tmp_path):
 
 def test_another_number_of_processes_device_or_version_is_refused(make, tmp_path, monkeypatch):
     run.train(make(max_steps=2), SILENT)
-    import rankwise.train.exact_resume as exact_resume
+    import rankwise.train.trainer.exact_resume as exact_resume
 
     plain = exact_resume.facts
 
@@ -268,7 +268,7 @@ def test_an_interrupt_leaves_all_whole(make, tmp_path, at_step):
 HOLDER = """
 import sys, time
 from rich.console import Console
-from rankwise.train.run_lock import only_writer
+from rankwise.train.run.lock import only_writer
 with only_writer(sys.argv[1], Console(quiet=True)):
     print("held", flush=True)
     time.sleep(60)

@@ -17,7 +17,7 @@ from rankwise.studies.arms import compare
 from rankwise.studies.runs import Runs, Trained
 from rankwise.studies.weight_types import ARMS, attention_names, weight_types
 from rankwise.train import recipe as recipes
-from rankwise.train import run
+from rankwise.train.run import run
 
 SILENT = Console(quiet=True)
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import rankwise as rw
 from rankwise.train import recipe as recipes
-from rankwise.train import run
-from rankwise.train.task import spec_of
+from rankwise.train.run import run
+from rankwise.train.tasks.base import spec_of
 
 
 def test_a_run_meets_its_budget_and_resumes(tiny: Path, pairs_file: Path, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ import rankwise as rw
 from rankwise.cli import app
 from rankwise.errors import DataError, UnsupportedAdapter
 from rankwise.train import recipe as recipes
-from rankwise.train import run
-from rankwise.train.generation import answer
-from rankwise.train.merged import load_base
+from rankwise.train.model.generation import answer
+from rankwise.train.model.merged import load_base
+from rankwise.train.run import run
 
 SILENT = Console(quiet=True)
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
@@ -180,8 +180,8 @@ def test_what_does_not_fit_is_refused(make, reviews, pairs_file, tmp_path):
     with pytest.raises(DataError, match=r"task is classification: .* found the prompt-completion form"):
         run.load(make(data=str(pairs_file)), SILENT)
     with pytest.raises(DataError, match=r"task is causal-lm: .* Set task: classification"):
-        from rankwise.train.causal_lm import CausalLM
-        from rankwise.train.data import load_data
+        from rankwise.train.data.dataset import load_data
+        from rankwise.train.tasks.causal_lm import CausalLM
 
         loaded = run.load(make(), SILENT)
         CausalLM().check(loaded, load_data(make()))

@@ -7,8 +7,9 @@ from rich.console import Console
 
 import rankwise as rw
 from rankwise.attach import base_matrix
-from rankwise.train import demo, run
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train import demo
+from rankwise.train.model.pretrained import load_pretrained
+from rankwise.train.run import run
 
 
 @pytest.mark.end_to_end

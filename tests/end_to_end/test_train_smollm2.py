@@ -5,8 +5,9 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 
-from rankwise.train import demo, run
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train import demo
+from rankwise.train.model.pretrained import load_pretrained
+from rankwise.train.run import run
 
 
 @pytest.mark.end_to_end

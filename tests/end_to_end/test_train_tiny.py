@@ -15,7 +15,7 @@ import rankwise as rw
 from rankwise.cli import app
 from rankwise.errors import CheckpointError, DataError, NoTrainableTokens, RecipeError, TargetError, TrainingError
 from rankwise.train import recipe as recipes
-from rankwise.train import run
+from rankwise.train.run import run
 
 SILENT = Console(quiet=True)
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}

@@ -18,7 +18,7 @@ import rankwise as rw
 from rankwise.errors import AttachError, MissingTensor, SpecError, TrainingError
 from rankwise.format.state import load_state, save_state
 from rankwise.optim import RankAllocator
-from rankwise.train.variant_callback import VariantCallback
+from rankwise.train.trainer.variant_callback import VariantCallback
 from rankwise.variants import AdaLora
 from rankwise.variants.rank_allocator import adalora_layers, cubic_budget, most_important
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.errors import BrokenFile
-from rankwise.train.checkpoints import (
+from rankwise.train.trainer.checkpoints import (
     MANIFEST,
     PARTIAL,
     begin,

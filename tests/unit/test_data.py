@@ -15,8 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from rankwise.errors import DataError
-from rankwise.train.data import FORMATS, load_data, load_records
-from rankwise.train.kjv import HELD_OUT_BOOKS, _verses, kjv_records
+from rankwise.train.data.dataset import load_data
+from rankwise.train.data.formats import FORMATS
+from rankwise.train.data.kjv import HELD_OUT_BOOKS, _verses, kjv_records
+from rankwise.train.data.records import load_records
 from rankwise.train.recipe import Recipe
 
 CHAT = [{"role": "user", "content": "One and one?"}, {"role": "assistant", "content": "Two."}]

@@ -33,6 +33,8 @@ LAYERS = (
     {"cli"},
     {"__main__"},
 )
+# The same inside `train`, by its rooms.
+TRAIN_ROOMS = ("recipe", "data", "model", "trainer", "tasks", "run")
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # `rankwise/__init__.py` gathers the core, so it stands between the core and what is built on it.
 LEVEL["__init__"] = LEVEL["report"] - 0.5
@@ -83,6 +85,15 @@ def test_imports_run_one_way(path: Path) -> None:
         there = imported_component(name)
         if name.split(".")[0] == "rankwise" and there != here:
             assert LEVEL[there] < LEVEL[here], f"{path}:{line}: {here} may not import {name}"
+
+
+@pytest.mark.parametrize("room", TRAIN_ROOMS)
+def test_rooms_of_train_import_one_way(room: str) -> None:
+    above = {f"rankwise.train.{other}" for other in TRAIN_ROOMS[TRAIN_ROOMS.index(room) + 1 :]}
+    above |= {f"rankwise.train.{path.stem}" for path in (SRC / "train").glob("*.py") if path.stem not in TRAIN_ROOMS}
+    for path in [SRC / f"train/{room}.py"] if room == "recipe" else (SRC / "train" / room).glob("*.py"):
+        for line, name in imports(path):
+            assert ".".join(name.split(".")[:3]) not in above, f"{path}:{line}: {room} may not import {name}"
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(SRC)))

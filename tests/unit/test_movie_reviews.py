@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from rankwise.errors import DataError, PretrainedError
-from rankwise.train import movie_reviews
-from rankwise.train.movie_reviews import movie_review_records
-from rankwise.train.pretrained import load_classifier
+from rankwise.train.data import movie_reviews
+from rankwise.train.data.movie_reviews import movie_review_records
+from rankwise.train.model.pretrained import load_classifier
 
 
 def test_one_sentence_in_eight_is_held_out() -> None:

@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankwise as rw
-from rankwise.train import pretrained
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.model import pretrained
+from rankwise.train.model.pretrained import load_pretrained
 
 ENGLISH = (
     "The history of the city goes back more than two thousand years. It was founded on the banks of a river, where "

@@ -86,8 +86,8 @@ def _console() -> Console:
 def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     """Fine-tune a model as the recipe says."""
     wanted = recipes.load(recipe, overrides)
-    from rankwise.train import run
-    from rankwise.train.show import summary
+    from rankwise.train.run import run
+    from rankwise.train.run.tables import summary
 
     console = _console()
     result = run.train(wanted, console)
@@ -109,7 +109,7 @@ def plan(
 ) -> None:
     """Show which layers a recipe adapts, and with how many parameters. Trains nothing."""
     wanted = recipes.load(recipe, overrides)
-    from rankwise.train import run
+    from rankwise.train.run import run
 
     console = _console()
     loaded = run.load(wanted, console)
@@ -123,14 +123,14 @@ def plan(
 def check(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     """Do everything that a run does before its first step, show what it found, and train nothing."""
     wanted = recipes.load(recipe, overrides)
-    from rankwise.train import run
-    from rankwise.train.show import look_table, samples_table
+    from rankwise.train.run import run
+    from rankwise.train.run.tables import data_table, samples_table
 
     console = _console()
     loaded = run.load(wanted, console)
     run.show_plan(loaded, console)
     prepared = run.prepare(loaded, console)
-    console.print(samples_table(prepared.look), look_table(prepared.look, prepared.smoke))
+    console.print(samples_table(prepared.summary), data_table(prepared.summary, prepared.trial))
     console.print("Ready: `rankwise train` would start now.", highlight=False)
 
 
@@ -139,7 +139,7 @@ def check(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
 def init(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     """Compute a recipe's start alone and save the untrained adapter."""
     wanted = recipes.load(recipe, overrides)
-    from rankwise.train import run
+    from rankwise.train.run import run
 
     console = _console()
     loaded = run.load(wanted, console)
@@ -160,9 +160,9 @@ def merge(
     ] = 0.7,
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model."""
-    from rankwise.train.merged import save_merged
-    from rankwise.train.progress import busy
-    from rankwise.train.show import merge_table
+    from rankwise.train.model.merged import save_merged
+    from rankwise.train.run.tables import merge_table
+    from rankwise.train.trainer.progress import busy
 
     console = _console()
     with busy(console, "Folding the adapter into the model"):
@@ -197,9 +197,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
 ) -> None:
     """Answer a prompt with the pretrained model and with the adapted one."""
-    from rankwise.train.generation import answer
-    from rankwise.train.progress import busy
-    from rankwise.train.show import sample_table
+    from rankwise.train.model.generation import answer
+    from rankwise.train.run.tables import sample_table
+    from rankwise.train.trainer.progress import busy
 
     console = _console()
     with busy(console, "Answering, without the adapter and with it"):
@@ -276,7 +276,7 @@ def demo(
 @app.command()
 def methods() -> None:
     """List the initialisations, scales, variants and optimizers, with their papers."""
-    from rankwise.train.show import methods_tables
+    from rankwise.train.run.tables import methods_tables
 
     for table in methods_tables():
         Console().print(table)

@@ -19,9 +19,9 @@ from rankwise.analysis import train_in_random_subspace
 from rankwise.errors import BrokenFile, SpecError
 from rankwise.files import check_directory_name, sha256, write_file
 from rankwise.plan import target_layers
-from rankwise.train import run, start
 from rankwise.train.recipe import Recipe
-from rankwise.train.trainer import AdapterTrainer
+from rankwise.train.run import adapter_start, run
+from rankwise.train.trainer.trainer import AdapterTrainer
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Runs:
 
         def train(directory: Path) -> Trained:
             prepared = run.check(run.load(recipe, self._silent), self._silent)
-            start.attach(prepared.loaded, prepared.batches, self._silent)
+            adapter_start.attach(prepared.loaded, prepared.batches, self._silent)
             loss, seconds = _fit(prepared.trainer)
             rw.save(prepared.model, directory / "adapter")
             parameters = sum(tensor.numel() for tensor in rw.trainable_parameters(prepared.model))

@@ -28,9 +28,9 @@ from rankwise.studies.ranks import ranks
 from rankwise.studies.runs import Runs
 from rankwise.studies.subspace import subspace
 from rankwise.studies.weight_types import weight_types
-from rankwise.train import run
 from rankwise.train.recipe import Recipe
-from rankwise.train.task import Loaded
+from rankwise.train.run import run
+from rankwise.train.tasks.base import Loaded
 
 
 @dataclass(frozen=True)

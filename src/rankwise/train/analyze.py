@@ -16,9 +16,9 @@ from rankwise.files import read_json, sha256
 from rankwise.format.peft import TENSORS, read_adapter
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Report
-from rankwise.train.generation import before_and_after, refuse_classifier
-from rankwise.train.merged import load_base
-from rankwise.train.report_parts import Measured, adapter_part, low_rank_part_only, texts, versions
+from rankwise.train.model.generation import before_and_after, refuse_classifier
+from rankwise.train.model.merged import load_base
+from rankwise.train.run.report_parts import Measured, adapter_part, low_rank_part_only, texts, versions
 
 
 def analyze(
@@ -60,9 +60,11 @@ def analyze(
         sites = measure(adapter, model, intruders=intruders, watch=_watch(name, console))
         alignment: Measured = {}
         if batches is not None:
-            from rankwise.train.batch_alignment import alignment_on  # it needs the trainer, which takes seconds to load
+            from rankwise.train.adapter_alignment import (
+                adapter_alignment,  # it needs the trainer, which takes seconds to load
+            )
 
-            alignment = alignment_on(directory, base, batches, batch_count, console)
+            alignment = adapter_alignment(directory, base, batches, batch_count, console)
         parts.append(adapter_part(name, directory, adapter, sites, alignment))
         if prompts:
             rw.load(model, directory)

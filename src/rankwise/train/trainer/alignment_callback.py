@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.analysis import Alignment, every_first_step
-from rankwise.train.task import Batch
+from rankwise.train.data.dataset import Batch
 
 
 class AlignmentCallback(TrainerCallback):  # type: ignore[misc]

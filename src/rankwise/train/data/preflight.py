@@ -13,7 +13,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 import rankwise as rw
 from rankwise.errors import DataError, NoTrainableTokens, TargetError
-from rankwise.train.data import Data
+from rankwise.train.data.dataset import Data
 
 ROW = "rankwise_row"
 _IGNORED = -100

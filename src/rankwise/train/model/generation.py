@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
 from rankwise.errors import RecipeError, UnsupportedAdapter
-from rankwise.train.labels import read_labels
-from rankwise.train.merged import base_of
-from rankwise.train.pretrained import load_pretrained
+from rankwise.train.data.labels import read_labels
+from rankwise.train.model.merged import base_of
+from rankwise.train.model.pretrained import load_pretrained
 
 Prompt = str | list[dict[str, Any]]
 

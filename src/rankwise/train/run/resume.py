@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from rankwise.errors import CheckpointError, SpecMismatch
 from rankwise.files import read_json
-from rankwise.train import checkpoints, exact_resume
 from rankwise.train.recipe import Recipe
+from rankwise.train.trainer import checkpoints, exact_resume
 
 
 def choose(recipe: Recipe, console: Console) -> Path | None:

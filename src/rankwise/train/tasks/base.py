@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
-from rankwise.train.data import Data
-from rankwise.train.generation import Sample
-from rankwise.train.progress import ProgressBar
+from rankwise.train.data.dataset import Batch, Data
+from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import AdapterFields, Recipe
-from rankwise.train.trainer import AdapterTrainer
-
-Batch = Mapping[str, Tensor]
+from rankwise.train.trainer.progress import ProgressBar
+from rankwise.train.trainer.trainer import AdapterTrainer
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Look:
+class DataSummary:
     """What a run is about to train on.
 
     Attributes:
@@ -73,7 +70,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def look(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> Look:
+    def summary(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> DataSummary:
         """What the trainer's tokenised data and first batches hold.
 
         Raises:

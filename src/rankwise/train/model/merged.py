@@ -16,8 +16,8 @@ import rankwise as rw
 from rankwise.adapted.merge import MOST_LOST, MergeReport
 from rankwise.errors import BaseMismatch, MergeError
 from rankwise.files import read_json
-from rankwise.train.labels import read_labels
-from rankwise.train.pretrained import load_classifier, load_pretrained
+from rankwise.train.data.labels import read_labels
+from rankwise.train.model.pretrained import load_classifier, load_pretrained
 
 _PROBE = (
     "The merged model must say what the adapted one says. To see whether it does, both read these lines: a sentence in "

@@ -22,10 +22,10 @@ import rankwise as rw
 from rankwise.adapted.slots import find_record
 from rankwise.errors import CheckpointError, OutOfMemory, RecipeError, TrainingError
 from rankwise.format.state import load_state, save_state
-from rankwise.train import checkpoints, exact_resume
-from rankwise.train.preflight import ROW
+from rankwise.train.data.preflight import ROW
 from rankwise.train.recipe import Recipe
-from rankwise.train.variant_callback import VariantCallback
+from rankwise.train.trainer import checkpoints, exact_resume
+from rankwise.train.trainer.variant_callback import VariantCallback
 
 RESULTS = "metrics.json"  # of a run that is through: the last file that it writes
 _SHOWN_SAMPLES = 32

@@ -14,9 +14,9 @@ from rankwise.format.peft import read_adapter
 from rankwise.report.figures import History
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Alignments, Report
-from rankwise.train.generation import Sample
+from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
-from rankwise.train.report_parts import adapter_part, low_rank_part_only, texts, versions
+from rankwise.train.run.report_parts import adapter_part, low_rank_part_only, texts, versions
 
 
 def run_report(

@@ -15,14 +15,15 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedMode
 import rankwise as rw
 from rankwise.errors import DataError, RecipeError
 from rankwise.report.figures import points
-from rankwise.train.data import Data, load_records
-from rankwise.train.generation import Sample
-from rankwise.train.labels import save_labels
-from rankwise.train.pretrained import load_classifier
-from rankwise.train.progress import ProgressBar
+from rankwise.train.data.dataset import Batch, Data
+from rankwise.train.data.labels import save_labels
+from rankwise.train.data.records import load_records
+from rankwise.train.model.generation import Sample
+from rankwise.train.model.pretrained import load_classifier
 from rankwise.train.recipe import Recipe, TrainingFields
-from rankwise.train.task import Batch, Loaded, Look, Task, spec_of
-from rankwise.train.trainer import AdapterTrainer, ClassifierTrainer, training_arguments
+from rankwise.train.tasks.base import DataSummary, Loaded, Task, spec_of
+from rankwise.train.trainer.progress import ProgressBar
+from rankwise.train.trainer.trainer import AdapterTrainer, ClassifierTrainer, training_arguments
 
 
 class Classification(Task):
@@ -79,13 +80,13 @@ class Classification(Task):
         )
         return trainer, []
 
-    def look(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> Look:
+    def summary(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> DataSummary:
         counts = Counter(data.train["label"])
         labels = ", ".join(f"{label}: {count:,}" for label, count in counts.most_common())
         rows = data.train.select(range(min(3, len(data.train))))
         texts = (" | ".join(text for text in (row["text"], row["text_pair"]) if text) for row in rows)
         pieces = [[(text, False), (f"  → {row['label']}", True)] for text, row in zip(texts, rows, strict=True)]
-        return Look({"samples": f"{len(data.train):,}", "labels": labels}, pieces)
+        return DataSummary({"samples": f"{len(data.train):,}", "labels": labels}, pieces)
 
     def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
         """The first held-out text, with the model's label for it and how sure it is."""

@@ -18,11 +18,11 @@ from rankwise.analysis.rank_advice import RankAdvice
 from rankwise.inits import INITS
 from rankwise.optim import OPTIMIZERS
 from rankwise.scaling import SCALINGS
-from rankwise.train.generation import Sample
-from rankwise.train.merged import Merged
-from rankwise.train.smoke import Smoke
-from rankwise.train.start import ADVISED_RANKS
-from rankwise.train.task import Look
+from rankwise.train.model.generation import Sample
+from rankwise.train.model.merged import Merged
+from rankwise.train.run.adapter_start import ADVISED_RANKS
+from rankwise.train.run.trial_step import TrialStep
+from rankwise.train.tasks.base import DataSummary
 from rankwise.variants import VARIANTS
 
 
@@ -74,28 +74,28 @@ def advice_text(advice: RankAdvice, path: Path) -> str:
     )
 
 
-def look_table(look: Look, smoke: Smoke | None) -> Table:
+def data_table(data: DataSummary, trial: TrialStep | None) -> Table:
     """What a run trains on, and what its first step showed."""
     table = _facts("What it trains on")
-    for label, text in look.facts.items():
+    for label, text in data.facts.items():
         table.add_row(label, escape(text))
-    if smoke is not None:
-        table.add_row("one step", f"loss {smoke.loss:.4f}, every gradient finite")
+    if trial is not None:
+        table.add_row("one step", f"loss {trial.loss:.4f}, every gradient finite")
         table.add_row(
             "memory",
-            f"{smoke.needed / _GIB:.2f} GiB of {smoke.available / _GIB:.0f}: weights {smoke.weights / _GIB:.2f}, "
-            f"gradients and Adam's moments {smoke.training / _GIB:.2f}, activations {smoke.activations / _GIB:.2f}",
+            f"{trial.needed / _GIB:.2f} GiB of {trial.available / _GIB:.0f}: weights {trial.weights / _GIB:.2f}, "
+            f"gradients and Adam's moments {trial.training / _GIB:.2f}, activations {trial.activations / _GIB:.2f}",
         )
     return table
 
 
-def samples_table(look: Look) -> Table:
+def samples_table(data: DataSummary) -> Table:
     """The first samples as the model sees them: what it is trained to write is bold and green."""
     table = Table(
         title="First samples; [bold green]what is trained[/] stands out", title_justify="left", show_header=False
     )
     table.box = box.SIMPLE
-    for number, pieces in enumerate(look.samples, 1):
+    for number, pieces in enumerate(data.samples, 1):
         text = Text()
         for piece, trained in pieces:
             text.append(_shortened(piece), "bold green" if trained else "dim")
@@ -107,17 +107,17 @@ def _shortened(text: str, most: int = 600) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} […] {text[-most // 2 :]}"
 
 
-def smoke_warnings(smoke: Smoke) -> list[str]:
+def trial_step_warnings(trial: TrialStep) -> list[str]:
     """What a first step showed that may not be meant."""
     warnings = []
-    if smoke.idle:
+    if trial.idle:
         warnings.append(
-            f"{len(smoke.idle)} adapted layers got no gradient from the first batch (the first is {smoke.idle[0]}): "
+            f"{len(trial.idle)} adapted layers got no gradient from the first batch (the first is {trial.idle[0]}): "
             "experts that no token chose, or layers that the loss does not depend on"
         )
-    if smoke.needed > 0.9 * smoke.available:
+    if trial.needed > 0.9 * trial.available:
         warnings.append(
-            f"a step takes about {smoke.needed / _GIB:.1f} GiB, the device has {smoke.available / _GIB:.1f}: lower "
+            f"a step takes about {trial.needed / _GIB:.1f} GiB, the device has {trial.available / _GIB:.1f}: lower "
             "per_device_train_batch_size or max_length, or set gradient_checkpointing: true"
         )
     return warnings

@@ -20,7 +20,7 @@ _ADAM = 2  # numbers that it keeps for each trained one
 
 
 @dataclass(frozen=True)
-class Smoke:
+class TrialStep:
     """What one step showed.
 
     Attributes:
@@ -45,7 +45,7 @@ class Smoke:
         return self.weights + self.training + self.activations
 
 
-def smoke_step(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Smoke:
+def try_step(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> TrialStep:
     """A forward and a backward pass on a batch as in training; then gradients and random state are as before.
 
     Raises:
@@ -61,7 +61,7 @@ def smoke_step(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Smoke:
         idle = _idle(model)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     moving = sum(tensor.numel() * tensor.element_size() for tensor in trained) * (1 + _ADAM)
-    return Smoke(float(loss.detach()), idle, weights, moving, kept.total, _memory(loss.device))
+    return TrialStep(float(loss.detach()), idle, weights, moving, kept.total, _memory(loss.device))
 
 
 @contextmanager

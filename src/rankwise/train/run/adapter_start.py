@@ -15,9 +15,10 @@ import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice, advise_ranks, step_spectrum
 from rankwise.errors import RecipeError
 from rankwise.inits.base import Init
+from rankwise.train.data.dataset import Batch
 from rankwise.train.recipe import Recipe
-from rankwise.train.task import Batch, Loaded
-from rankwise.train.trainer import AdapterTrainer
+from rankwise.train.tasks.base import Loaded
+from rankwise.train.trainer.trainer import AdapterTrainer
 
 _GIB = 2**30
 ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
@@ -42,7 +43,7 @@ def attach(loaded: Loaded, batches: Sequence[Batch], console: Console) -> None:
             f"`init_cache`: init {type(init).__name__} collects no gradients, so there is nothing to keep; expected an "
             f"init such as lora-ga, or no cache"
         )
-    with shown(batches, "Computing the adapter's start", console) as watched:
+    with with_bar(batches, "Computing the adapter's start", console) as watched:
         evidence = _gradients(loaded, watched, init) if recipe.init_cache else None
         rw.attach(
             loaded.model,
@@ -86,7 +87,7 @@ def advise(
     shapes = {site.name: site.shape for site in loaded.sites}
     largest = min(max(ADVISED_RANKS), *(min(shape) // 2 for shape in shapes.values()))
     budget = sum(site.parameters for site in loaded.sites) if parameters is None else parameters
-    with shown(batches, "Collecting gradients", console) as watched:
+    with with_bar(batches, "Collecting gradients", console) as watched:
         evidence = rw.gradients(
             loaded.model,
             watched,
@@ -100,7 +101,7 @@ def advise(
     return {name: each.shares.tolist() for name, each in spectra.items()}, advise_ranks(spectra, shapes, budget)
 
 
-class _Shown(Sequence[Batch]):
+class _BatchesWithBar(Sequence[Batch]):
     """Batches that move a bar along in every pass over them."""
 
     def __init__(self, batches: Sequence[Batch], progress: Progress, doing: str) -> None:
@@ -126,11 +127,11 @@ class _Shown(Sequence[Batch]):
 
 
 @contextmanager
-def shown(batches: Sequence[Batch], doing: str, console: Console) -> Iterator[Sequence[Batch]]:
+def with_bar(batches: Sequence[Batch], doing: str, console: Console) -> Iterator[Sequence[Batch]]:
     """The batches, with a bar on the console while something goes over them."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        yield _Shown(batches, progress, doing)
+        yield _BatchesWithBar(batches, progress, doing)
 
 
 def write_rank_pattern(advice: RankAdvice, path: Path) -> None:

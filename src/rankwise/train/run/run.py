@@ -26,21 +26,21 @@ from rankwise.format.save_load import portable
 from rankwise.report.curve import save_loss_curve
 from rankwise.report.figures import points
 from rankwise.report.page import write_report
-from rankwise.train import resume, run_lock, start
-from rankwise.train.alignment_callback import AlignmentCallback
-from rankwise.train.card import save_model_card
-from rankwise.train.causal_lm import CausalLM
-from rankwise.train.classification import Classification
-from rankwise.train.data import load_data
-from rankwise.train.generation import Sample
-from rankwise.train.progress import ProgressBar, busy
+from rankwise.train.data.dataset import Batch, load_data
+from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
-from rankwise.train.run_report import run_report
-from rankwise.train.show import advice_table, advice_text, plan_table, smoke_warnings
-from rankwise.train.smoke import Smoke, smoke_step
-from rankwise.train.stop_signal import StopOnSigterm
-from rankwise.train.task import Batch, Loaded, Look, Task
-from rankwise.train.trainer import RESULTS, AdapterTrainer
+from rankwise.train.run import adapter_start, lock, resume
+from rankwise.train.run.card import save_model_card
+from rankwise.train.run.run_report import run_report
+from rankwise.train.run.tables import advice_table, advice_text, plan_table, trial_step_warnings
+from rankwise.train.run.trial_step import TrialStep, try_step
+from rankwise.train.tasks.base import DataSummary, Loaded, Task
+from rankwise.train.tasks.causal_lm import CausalLM
+from rankwise.train.tasks.classification import Classification
+from rankwise.train.trainer.alignment_callback import AlignmentCallback
+from rankwise.train.trainer.progress import ProgressBar, busy
+from rankwise.train.trainer.stop_signal import StopOnSigterm
+from rankwise.train.trainer.trainer import RESULTS, AdapterTrainer
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
@@ -54,9 +54,9 @@ class Prepared:
     batches: Sequence[Batch]
     held_out: Dataset | None
     bar: ProgressBar
-    look: Look
+    summary: DataSummary
     alignment: AlignmentCallback | None = None
-    smoke: Smoke | None = None
+    trial: TrialStep | None = None
     checkpoint: Path | None = None
 
     @property
@@ -120,15 +120,15 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     prepared = check(loaded, console, title)
     if prepared.trainer.is_world_process_zero():
         check_directory_name(Path(loaded.recipe.output_dir))
-    run_lock.check_free(loaded.recipe.output_dir)
+    lock.check_free(loaded.recipe.output_dir)
     if checkpoint is not None:
         resume.check_exact(checkpoint, prepared.trainer.facts, console, anyway=loaded.recipe.resume_anyway)
-    start.attach(loaded, prepared.batches, console)
+    adapter_start.attach(loaded, prepared.batches, console)
     with busy(console, "Trying one step"):
-        smoke = smoke_step(loaded.model, prepared.batches[0])
-    for warning in smoke_warnings(smoke):
+        trial = try_step(loaded.model, prepared.batches[0])
+    for warning in trial_step_warnings(trial):
         console.print(f"[yellow]{warning}", highlight=False)
-    return replace(prepared, checkpoint=checkpoint, smoke=smoke)
+    return replace(prepared, checkpoint=checkpoint, trial=trial)
 
 
 def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
@@ -139,22 +139,22 @@ def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared
         data = load_data(recipe)
         task.check(loaded, data)
         trainer, warnings = task.trainer(loaded, data, bar)
-        batches = start.first_batches(trainer, recipe)
-        look = task.look(loaded, data, trainer, batches)
+        batches = adapter_start.first_batches(trainer, recipe)
+        summary = task.summary(loaded, data, trainer, batches)
         alignment = None
         if recipe.alignment_steps is not None:
             alignment = AlignmentCallback(batches, recipe.alignment_steps)
             trainer.add_callback(alignment)
-    for warning in (*warnings, *look.warnings):
+    for warning in (*warnings, *summary.warnings):
         console.print(f"[yellow]{warning}")
-    return Prepared(loaded, trainer, batches, data.eval, bar, look, alignment)
+    return Prepared(loaded, trainer, batches, data.eval, bar, summary, alignment)
 
 
 def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
     """Show what each rank captures of full fine-tuning's first step, and write the best ranks within a budget."""
-    shares, advice = start.advise(loaded, check(loaded, console).batches, parameters, console)
+    shares, advice = adapter_start.advise(loaded, check(loaded, console).batches, parameters, console)
     path = Path(loaded.recipe.output_dir) / "rank_pattern.yaml"
-    start.write_rank_pattern(advice, path)
+    adapter_start.write_rank_pattern(advice, path)
     console.print(advice_table(shares))
     console.print(advice_text(advice, path), highlight=False)
 
@@ -176,7 +176,7 @@ def execute(prepared: Prepared, console: Console) -> Result:
     """
     writes = prepared.trainer.is_world_process_zero()
     prepared.trainer.accelerator.wait_for_everyone()  # before the checkpoints that another still looks at are moved
-    with run_lock.only_writer(prepared.recipe.output_dir, console) if writes else nullcontext():
+    with lock.only_writer(prepared.recipe.output_dir, console) if writes else nullcontext():
         if writes:
             resume.tidy(prepared.recipe.output_dir, prepared.checkpoint, console)
         first = portable(prepared.model)

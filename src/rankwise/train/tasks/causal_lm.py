@@ -10,14 +10,14 @@ from typing import Any
 from datasets import Dataset
 
 import rankwise as rw
-from rankwise.train import preflight
-from rankwise.train.data import Data
-from rankwise.train.generation import Sample, before_and_after
-from rankwise.train.pretrained import load_pretrained
-from rankwise.train.progress import ProgressBar
+from rankwise.train.data import preflight
+from rankwise.train.data.dataset import Batch, Data
+from rankwise.train.model.generation import Sample, before_and_after
+from rankwise.train.model.pretrained import load_pretrained
 from rankwise.train.recipe import Recipe, TrainingFields
-from rankwise.train.task import Batch, Loaded, Look, Task, spec_of
-from rankwise.train.trainer import AdapterTrainer, LanguageTrainer, sft_config
+from rankwise.train.tasks.base import DataSummary, Loaded, Task, spec_of
+from rankwise.train.trainer.progress import ProgressBar
+from rankwise.train.trainer.trainer import AdapterTrainer, LanguageTrainer, sft_config
 
 
 class CausalLM(Task):
@@ -57,7 +57,7 @@ class CausalLM(Task):
             warnings += preflight.check_labels(trainer.eval_dataset, held_out, "held-out", tokenizer, recipe.max_length)
         return trainer, warnings
 
-    def look(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> Look:
+    def summary(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> DataSummary:
         tokenizer, longest = loaded.tokenizer, loaded.recipe.max_length
         ends = preflight.end_tokens(loaded.model, tokenizer)
         facts = preflight.data_facts(trainer.train_dataset, ends, longest)
@@ -69,7 +69,7 @@ class CausalLM(Task):
             "cut at max_length": f"{facts.full} samples" if longest is not None else "no limit",
             "trained end token": f"in {facts.ends} samples",
         }
-        return Look(shown, preflight.decoded(trainer.train_dataset, tokenizer, 3), warnings)
+        return DataSummary(shown, preflight.decoded(trainer.train_dataset, tokenizer, 3), warnings)
 
     def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
         """The first held-out prompt; none where there are no prompts."""

@@ -8,14 +8,14 @@ from rich.console import Console
 
 import rankwise as rw
 from rankwise.analysis import every_first_step
-from rankwise.train import run, start
-from rankwise.train.labels import read_labels
-from rankwise.train.merged import base_of
+from rankwise.train.data.labels import read_labels
+from rankwise.train.model.merged import base_of
 from rankwise.train.recipe import parse
-from rankwise.train.report_parts import Measured
+from rankwise.train.run import adapter_start, run
+from rankwise.train.run.report_parts import Measured
 
 
-def alignment_on(directory: Path, base: str | None, data: str, count: int, console: Console) -> Measured:
+def adapter_alignment(directory: Path, base: str | None, data: str, count: int, console: Console) -> Measured:
     """How far a saved adapter's next step agrees with full fine-tuning's, on the first batches of some data."""
     task = "causal-lm" if read_labels(directory) is None else "classification"
     recipe = parse(
@@ -30,8 +30,8 @@ def alignment_on(directory: Path, base: str | None, data: str, count: int, conso
         }
     )
     prepared = run.check(run.load(recipe, console), console)
-    shown = list(prepared.batches)
+    batches = list(prepared.batches)
     prepared.trainer.release()
     rw.load(prepared.model, directory, trainable=True)
-    with start.shown(shown, "Comparing with full fine-tuning's step", console) as watched:
+    with adapter_start.with_bar(batches, "Comparing with full fine-tuning's step", console) as watched:
         return every_first_step(prepared.model, watched)

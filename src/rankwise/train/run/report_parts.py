@@ -13,7 +13,7 @@ from rankwise.methods import name_of
 from rankwise.report.measure import SiteMeasures
 from rankwise.report.page import AdapterPart
 from rankwise.scaling import SCALINGS
-from rankwise.train.generation import Sample
+from rankwise.train.model.generation import Sample
 
 # Optimizer → site → how the next step agrees with full fine-tuning's.
 Measured = Mapping[str, Mapping[str, Alignment]]

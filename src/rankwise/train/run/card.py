@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from rankwise.train.generation import Sample
+from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
 
 
@@ -18,7 +18,7 @@ def save_model_card(
 ) -> Path:
     """Write `README.md` into the adapter's directory."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rankwise.train", "."), undefined=jinja2.StrictUndefined, autoescape=False
+        loader=jinja2.PackageLoader("rankwise.train.run", "."), undefined=jinja2.StrictUndefined, autoescape=False
     )
     environment.filters["cell"] = _cell
     text = environment.get_template("model_card.md.jinja").render(

@@ -1,0 +1,1 @@
+"""Training data: files and built-in data sets → samples, and what must hold of them before a run."""

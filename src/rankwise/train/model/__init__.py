@@ -1,0 +1,1 @@
+"""Pretrained models: loading them, text from them, and an adapter folded into them."""

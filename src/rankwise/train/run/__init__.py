@@ -1,0 +1,1 @@
+"""A run from its recipe to the files that it leaves, and what it says meanwhile."""
