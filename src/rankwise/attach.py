@@ -236,7 +236,6 @@ def _bottlenecks(model: nn.Module, spec: Bottleneck) -> dict[str, BottleneckLaye
     layers: dict[str, Any] = dict(target_layers(model, spec.target_modules, spec.exclude_modules))
     for name, layer in layers.items():
         kind = kind_of(layer)
-        assert kind is not None
         if kind.output_axis != -1:
             raise TargetError(f"{name} is a {kind.name}, but a bottleneck reads outputs on the last axis; exclude it")
         site = Site(name, kind.name, kind.shape(layer), spec.width, 1.0)
@@ -248,9 +247,7 @@ def _bottlenecks(model: nn.Module, spec: Bottleneck) -> dict[str, BottleneckLaye
 
 def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
     """The layer's weight as one matrix [out, in], dequantised, in fp32 or finer (a view where it already is)."""
-    kind = kind_of(layer)
-    assert kind is not None
-    weight = kind.weight(layer)
+    weight = kind_of(layer).weight(layer)
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -132,9 +132,7 @@ def input_covariances(
 
 def _width(layer: nn.Module) -> int:
     """How many numbers an input vector has."""
-    kind = kind_of(layer)
-    assert kind is not None
-    return kind.shape(layer)[1]
+    return kind_of(layer).shape(layer)[1]
 
 
 class RunningSVD:

@@ -37,7 +37,7 @@ class ExactGradient:
 
 def gradient_bytes(layer: nn.Module) -> int:
     """What one layer's G takes in fp32."""
-    out, into = _shape(layer)
+    out, into = kind_of(layer).shape(layer)
     return 4 * out * into
 
 
@@ -85,16 +85,10 @@ def exact_gradients(
     count = total(count)
     found = {}
     for name, layer in layers.items():
-        G = summed(sums.pop(name) if name in sums else torch.zeros(_shape(layer), device=device))
+        G = summed(sums.pop(name) if name in sums else torch.zeros(kind_of(layer).shape(layer), device=device))
         _check_gradient(name, G)
         found[name] = ExactGradient(G.div_(count))
     return found
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    kind = kind_of(layer)
-    assert kind is not None
-    return kind.shape(layer)
 
 
 def _check_gradient(name: str, grad: Tensor) -> None:

@@ -227,8 +227,6 @@ def _one_pass(
         if not total(int(name in running)):
             raise NoGradient(f"{name}: no gradient reached this layer; name it in exclude_modules, or check the labels")
         if name not in running:  # other processes have seen it
-            kind = kind_of(layer)
-            assert kind is not None
-            running[name] = begin(name, kind, layer, torch.device("cpu"))
+            running[name] = begin(name, kind_of(layer), layer, torch.device("cpu"))
         running[name].join()
     return total(count)

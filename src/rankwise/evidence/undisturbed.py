@@ -72,9 +72,7 @@ def hooked(layers: Mapping[str, nn.Module], hook_for: Callable[[str, Kind], Any]
     handles = []
     try:
         for name, layer in layers.items():
-            kind = kind_of(layer)
-            assert kind is not None
-            handles.append(layer.register_forward_hook(hook_for(name, kind), with_kwargs=True))
+            handles.append(layer.register_forward_hook(hook_for(name, kind_of(layer)), with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -11,7 +11,7 @@ from rankwise.adapter import base_probes, read_probes
 from rankwise.errors import BaseMismatch, BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.format.peft import CONFIG, TENSORS
-from rankwise.layers.kinds import kind_of
+from rankwise.layers.kinds import kind_or_none
 from rankwise.methods import nearest
 from rankwise.sites import Site
 from rankwise.spec import Bottleneck
@@ -89,7 +89,7 @@ def _restore(model: nn.Module, spec: Bottleneck, path: str, found: dict[str, Ten
     if path not in modules:
         raise BaseMismatch(f"{where}: has tensors for {path!r}, which this model lacks{nearest(path, modules)}")
     layer: Any = modules[path]
-    kind = kind_of(layer)
+    kind = kind_or_none(layer)
     if kind is None or kind.output_axis != -1:
         raise BaseMismatch(f"{where}: {path} is a {type(layer).__name__} here, which carries no bottleneck")
     site = Site(path, kind.name, kind.shape(layer), spec.width, 1.0)

@@ -15,7 +15,7 @@ from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMisma
 from rankwise.files import read_json
 from rankwise.format.bottleneck import PEFT_TYPE, read_bottlenecks, write_bottlenecks
 from rankwise.format.peft import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
-from rankwise.layers.kinds import Kind, kind_of
+from rankwise.layers.kinds import Kind, kind_or_none
 from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantised
 from rankwise.methods import nearest
 from rankwise.patterns import ends_of
@@ -164,7 +164,7 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
     targets, excluded = adapter.targets, adapter.spec.exclude_modules
     if isinstance(targets, str) or isinstance(excluded, str):
         return  # regular expressions out of a file are not run: one can be made to take forever
-    layers = [path for path, module in model.named_modules() if kind_of(module) is not None]
+    layers = [path for path, module in model.named_modules() if kind_or_none(module) is not None]
     elsewhere = {*adapter.sites, *keys_under(adapter.spec.modules_to_save, layers)}
     wanted, unwanted = set(targets), set(excluded)
     for path in layers:
@@ -213,7 +213,7 @@ def _layer(modules: Mapping[str, nn.Module], path: str, directory: str | Path) -
             f"{directory}: the adapter has tensors for {path!r}, which this model lacks{nearest(path, modules)}; "
             f"it was written for another base"
         )
-    kind = kind_of(modules[path])
+    kind = kind_or_none(modules[path])
     if kind is None:
         raise BaseMismatch(f"{directory}: {path} is a {type(modules[path]).__name__} here, which carries no adapter")
     return modules[path], kind
@@ -246,7 +246,7 @@ def _check_base(
         quantised: whether the recorded base was.
     """
     modules = dict(model.named_modules())
-    strays = [path for path in probes if path not in modules or kind_of(modules[path]) is None]
+    strays = [path for path in probes if path not in modules or kind_or_none(modules[path]) is None]
     if strays:
         raise BaseMismatch(f"{directory}: records base weights of {strays[0]!r}, no layer of this model that could be")
     with switched_off(model):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.errors import EvidenceError
+from rankwise.errors import EvidenceError, TargetError
 from rankwise.layers.increments import Dense, Increment, Outer
 from rankwise.layers.low_rank_product import add_low_rank, as_rows
 from rankwise.layers.quantised import dequantised
@@ -244,7 +244,22 @@ LINEAR, CONV1D, EMBEDDING, CONV2D = LinearKind(), Conv1DKind(), EmbeddingKind(),
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, EMBEDDING, CONV2D)}
 
 
-def kind_of(layer: nn.Module) -> Kind | None:
+def kind_of(layer: nn.Module) -> Kind:
+    """The kind of a layer that can carry an adapter.
+
+    Raises:
+        TargetError: it is of no such kind.
+    """
+    kind = kind_or_none(layer)
+    if kind is None:
+        raise TargetError(
+            f"a {type(layer).__name__} cannot carry an adapter; expected Linear, Conv1D, Conv2d or Embedding: name "
+            f"layers inside it"
+        )
+    return kind
+
+
+def kind_or_none(layer: nn.Module) -> Kind | None:
     """The kind of a layer, or None where no adapter can go."""
     if isinstance(layer, nn.Linear):
         return LINEAR
