@@ -27,6 +27,7 @@ from rankwise.adapted.slots import (
     uninstall,
 )
 from rankwise.adapted.whole_modules import check_copyable, drop_copies, show_originals
+from rankwise.algebra.precision import at_least_fp32, fp32_or_finer
 from rankwise.errors import AttachError, EvidenceError, SpecError, TargetError
 from rankwise.evidence import input_covariances, input_directions, stored_weights
 from rankwise.evidence.exact import groups_within
@@ -239,7 +240,7 @@ def _bottlenecks(model: nn.Module, spec: Bottleneck) -> dict[str, BottleneckLaye
         if kind.output_axis != -1:
             raise TargetError(f"{name} is a {kind.name}, but a bottleneck reads outputs on the last axis; exclude it")
         site = Site(name, kind.name, kind.shape(layer), spec.width, 1.0)
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        dtype = fp32_or_finer(layer.weight.dtype)
         adapter = BottleneckLayer(site, kind, spec.activation, spec.dropout, dtype, layer.weight.device)
         built[name] = adapter.start(site_generator(spec.seed, name))
     return built
@@ -248,7 +249,7 @@ def _bottlenecks(model: nn.Module, spec: Bottleneck) -> dict[str, BottleneckLaye
 def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
     """The layer's weight as one matrix [out, in], dequantised, in fp32 or finer (a view where it already is)."""
     weight = kind_of(layer).weight(layer)
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return at_least_fp32(weight)
 
 
 def _build(weight: Tensor, site: Site, spec: LoRA, start: Start, generator: torch.Generator) -> FoldableLayer:

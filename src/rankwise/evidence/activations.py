@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import EvidenceError, NonFiniteActivation
 from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
@@ -244,7 +245,7 @@ def _inputs(name: str, kind: Kind, layer: nn.Module, x: Tensor) -> Tensor:
         rows = kind.inputs(layer, x.detach())
     except EvidenceError as error:
         raise EvidenceError(f"{name}: {error}") from None
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return at_least_fp32(rows)
 
 
 def _mask(batch: Any) -> Tensor | None:

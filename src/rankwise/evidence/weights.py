@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import EvidenceError
 from rankwise.layers.kinds import kind_of
 from rankwise.plan import target_layers
@@ -59,4 +59,4 @@ def _read(file: Path, key: str) -> Tensor:
             f"{file}: cannot read {key} ({error}); expected the full-precision base's own safetensors, "
             f"with the same module paths as the quantised model"
         ) from None
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return at_least_fp32(tensor)

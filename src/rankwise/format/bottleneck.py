@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapter import base_probes, read_probes
+from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import BaseMismatch, BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.format.peft import CONFIG, TENSORS
@@ -93,7 +94,7 @@ def _restore(model: nn.Module, spec: Bottleneck, path: str, found: dict[str, Ten
     if kind is None or kind.output_axis != -1:
         raise BaseMismatch(f"{where}: {path} is a {type(layer).__name__} here, which carries no bottleneck")
     site = Site(path, kind.name, kind.shape(layer), spec.width, 1.0)
-    dtype = torch.promote_types(found["up.weight"].dtype, torch.float32)
+    dtype = fp32_or_finer(found["up.weight"].dtype)
     built = BottleneckLayer(site, kind, spec.activation, spec.dropout, dtype, layer.weight.device)
     for key, own in built.state_dict().items():
         if own.shape != found[key].shape:

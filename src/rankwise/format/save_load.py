@@ -11,6 +11,7 @@ from rankwise.adapted.slots import adapter_layers, adapter_name, check_new_name,
 from rankwise.adapted.whole_modules import check_copyable, copied_values
 from rankwise.adapter import Adapter, SiteAdapter, extract, probe
 from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
 from rankwise.format.bottleneck import PEFT_TYPE, read_bottlenecks, write_bottlenecks
@@ -187,7 +188,7 @@ def _restore(
     _check_base_copy(layer, path, extra.pop(BASE_COPY, None), directory)
     delta = site.delta
     weight = dequantised(layer) if is_quantised(layer) else kind.weight(layer)
-    device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+    device, dtype = weight.device, fp32_or_finer(weight.dtype)
     moved = LowRank(delta.B.to(device, dtype), delta.A.to(device, dtype), delta.scale)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
     restored = variant.restore(described, kind, weight, moved, extra)
