@@ -131,9 +131,7 @@ PROBED = 16
 
 def probe(layer: Any) -> tuple[float, ...]:
     """16 evenly spaced entries of the base weight; of a quantised one, dequantised."""
-    kind = kind_of(layer)
-    assert kind is not None
-    flat = kind.weight(layer).flatten() if is_quantised(layer) else layer.weight.detach().flatten()
+    flat = kind_of(layer).weight(layer).flatten() if is_quantised(layer) else layer.weight.detach().flatten()
     return tuple(float(value) for value in flat[evenly_spaced(PROBED, flat.numel()).to(flat.device)])
 
 

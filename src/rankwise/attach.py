@@ -27,6 +27,7 @@ from rankwise.adapted.slots import (
     uninstall,
 )
 from rankwise.adapted.whole_modules import check_copyable, drop_copies, show_originals
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import AttachError, EvidenceError, SpecError
 from rankwise.evidence import input_covariances, input_directions, stored_weights
 from rankwise.evidence.exact import groups_within
@@ -239,10 +240,8 @@ def _adapters(wanted: _Wanted, given: Seen | None) -> dict[str, AdapterLayer]:
 
 def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
     """The layer's weight as one matrix [out, in], dequantised, in fp32 or finer (a view where it already is)."""
-    kind = kind_of(layer)
-    assert kind is not None
-    weight = kind.weight(layer)
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = kind_of(layer).weight(layer)
+    return at_least_fp32(weight)
 
 
 def _build(

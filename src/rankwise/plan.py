@@ -7,7 +7,7 @@ from torch import nn
 
 from rankwise.errors import TargetError
 from rankwise.inits.base import Init
-from rankwise.layers.kinds import EmbeddingKind, kind_of
+from rankwise.layers.kinds import EmbeddingKind, kind_of, kind_or_none
 from rankwise.methods import nearest
 from rankwise.patterns import matching, matching_ends, names_by_end
 from rankwise.sites import SAVED, SLOT, Site
@@ -68,7 +68,6 @@ def plan(model: nn.Module, spec: LoRA) -> Plan:
 
 def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> Site:
     kind = kind_of(layer)
-    assert kind is not None
     assert isinstance(spec.variant, Variant) and isinstance(spec.init, Init)
     site = Site(name, kind.name, kind.shape(layer), rank, spec.scale(rank, alpha))
     spec.variant.check_site(site, kind)
@@ -101,7 +100,7 @@ def target_layers(
     Raises:
         TargetError: see :func:`plan`.
     """
-    if kind_of(model) is not None:
+    if kind_or_none(model) is not None:
         raise TargetError(
             f"the model is itself a {type(model).__name__}, so its layer has no name to save an adapter under; "
             f"expected layers inside a model: wrap it, as torch.nn.Sequential(layer) does"
@@ -146,7 +145,7 @@ def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: 
     found_anywhere = _matches("target_modules", modules, targets)
     matched = [name for name in modules if name in found_anywhere]
     for name in matched:
-        if kind_of(modules[name]) is None:
+        if kind_or_none(modules[name]) is None:
             raise TargetError(
                 f"target_modules matches {name!r}, a {type(modules[name]).__name__}, which cannot carry an adapter; "
                 f"expected Linear, Conv1D, Conv2d or Embedding: name layers inside it"
@@ -155,14 +154,14 @@ def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: 
 
 
 def _is_linear(module: nn.Module) -> bool:
-    kind = kind_of(module)
+    kind = kind_or_none(module)
     return kind is not None and kind.name in ("linear", "conv1d")
 
 
 def _output_heads(model: nn.Module) -> set[int]:
     """Ids of output heads: what transformers calls one, and any linear layer that shares an embedding's weight."""
     heads = {id(m.get_output_embeddings()) for m in model.modules() if isinstance(m, _HasOutputHead)}
-    tables = {id(m.weight) for m in model.modules() if isinstance(kind_of(m), EmbeddingKind)}
+    tables = {id(m.weight) for m in model.modules() if isinstance(kind_or_none(m), EmbeddingKind)}
     return heads | {id(m) for m in model.modules() if _is_linear(m) and id(m.weight) in tables}
 
 
@@ -193,7 +192,7 @@ def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable
     hits = {p: by_end.get(p, set()) for p in patterns}
     missing = [p for p, names in hits.items() if not names]
     if missing:
-        known = {name.rpartition(".")[2] for name in modules if kind_of(modules[name])}
+        known = {name.rpartition(".")[2] for name in modules if kind_or_none(modules[name])}
         hints = "".join(nearest(p, known) for p in missing[:1])
         matched = [p for p in hits if p not in missing]
         raise TargetError(
@@ -205,7 +204,7 @@ def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable
 
 
 def _examples(modules: dict[str, nn.Module]) -> str:
-    names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if kind_of(m)))
+    names = list(dict.fromkeys(n.rpartition(".")[2] for n, m in modules.items() if kind_or_none(m)))
     return f"adaptable modules named {', '.join(names[:12])}" if names else "no adaptable module"
 
 

@@ -11,13 +11,13 @@ from zoo import LAYERS, left_as_it_was, relative, zoo_and_inputs
 
 import rankwise as rw
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient, TargetError
-from rankwise.layers.kinds import kind_of
+from rankwise.layers.kinds import kind_of, kind_or_none
 
 
 def autograd(model: nn.Module, batches: list, loss) -> dict[str, Tensor]:
     """The oracle: every weight's own .grad, averaged over the batches, in evaluation mode."""
     model.eval()
-    names = {n: m for n, m in model.named_modules() if kind_of(m)}
+    names = {n: m for n, m in model.named_modules() if kind_or_none(m)}
     for m in names.values():
         m.weight.requires_grad_(True)
     total = sum(loss(model, b) for b in batches) / len(batches)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapted.slots import Slot, forget_compiled, host, put_slot, remove_slot, slots, uninstall
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import MergeError
 from rankwise.layers.kinds import parameter_owners
 from rankwise.layers.quantised import is_quantised
@@ -175,7 +176,7 @@ def _fold_rows(
     before: Shaped[Tensor, "n in"], after: Shaped[Tensor, "n in"], adapters: Sequence[FoldableLayer], rows: slice
 ) -> Float[Tensor, "3"]:
     """Write some folded rows; returns ‖ΔW‖², ‖(W' − W₀) − ΔW‖² and ‖W₀‖² of them, on the CPU."""
-    base = before.to(torch.promote_types(before.dtype, torch.float32))
+    base = at_least_fp32(before)
     change = adapters[0].change(base, rows)
     for adapter in adapters[1:]:
         change += adapter.change(base, rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankwise.algebra.precision import fp32_or_finer
 from rankwise.shapes import Float
 
 
@@ -76,7 +77,7 @@ class LowRank:
 
     def _core(self) -> tuple[Tensor, Tensor, Tensor]:
         """Q_B, the small core, Q_A with scale · B A = Q_B core Q_Aᵀ, in fp32 or finer."""
-        dtype = torch.promote_types(self.B.dtype, torch.float32)  # QR is not there in half precision
+        dtype = fp32_or_finer(self.B.dtype)  # QR is not there in half precision
         q_b, r_b = torch.linalg.qr(self.B.to(dtype))
         q_a, r_a = torch.linalg.qr(self.A.T.to(dtype))
         return q_b, self.scale * (r_b @ r_a.T), q_a

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import SpecError
 from rankwise.methods import nearest
@@ -129,7 +130,7 @@ def intruder_dimensions(
             f"intruder_dimensions: expected k from 1 to {min(weight.shape)} and 0 < ε ≤ 1, found {k} and {epsilon}"
         )
     generator = torch.Generator().manual_seed(seed)
-    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    weight = at_least_fp32(weight.detach())
     leading = truncated_svd(weight + delta.dense().to(weight), k, generator)[0]
     return int((_cosines(leading, weight).amax(1) < epsilon).sum())
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import SpecError
 from rankwise.shapes import Float, Int
@@ -62,7 +63,7 @@ def _overlap(
 
 def _right_vectors(A: Float[Tensor, "r in"]) -> Float[Tensor, "in r"]:
     """Right-singular vectors, strongest first, by QR of Aᵀ."""
-    A = A.detach().to(torch.promote_types(A.dtype, torch.float32))
+    A = at_least_fp32(A.detach())
     q, triangle = torch.linalg.qr(A.T)
     vectors: Tensor = q @ torch.linalg.svd(triangle)[0]
     return vectors
@@ -115,7 +116,7 @@ def amplification(
     """
     if delta.shape != tuple(weight.shape):
         raise SpecError(f"amplification: expected a weight of delta's shape {delta.shape}, found {tuple(weight.shape)}")
-    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    weight = at_least_fp32(weight.detach())
     with torch.no_grad():
         u, s, v = LowRank(delta.B.to(weight), delta.A.to(weight), delta.scale).svd()
         full = int((s > s.max() * torch.finfo(s.dtype).eps * max(delta.shape)).sum())

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import EvidenceError, NonFiniteActivation
 from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
 from rankwise.evidence.undisturbed import each_batch, hooked, layer_input, run_forward, undisturbed
-from rankwise.layers.kinds import Kind, kind_of
+from rankwise.layers.kinds import kind_of
 from rankwise.plan import target_layers
 from rankwise.shapes import Float
 
@@ -101,10 +102,9 @@ def input_directions(
 ) -> dict[str, InputDirections]:
     """:func:`activations` for layers that are already chosen, each with its own number of directions."""
     running = {name: RunningSVD(ranks[name] + OVERSAMPLE) for name in layers}
-    with failing_together():
-        run_inputs(model, layers, batches, forward, lambda name, rows: running[name].add(rows))
+    run_inputs(model, layers, batches, forward, running)
     for name, layer in layers.items():
-        running[name].join(_width(layer))
+        running[name].join(kind_of(layer).shape(layer)[1])
     return {name: running[name].leading(ranks[name], name) for name in layers}
 
 
@@ -112,29 +112,28 @@ def input_covariances(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward | None = None
 ) -> dict[str, InputCovariance]:
     """:func:`covariances` for layers that are already chosen."""
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(layers, 0)
+    running = {name: RunningCovariance(kind_of(layer).shape(layer)[1]) for name, layer in layers.items()}
+    run_inputs(model, layers, batches, forward, running)
+    return {name: running[name].result(name) for name in layers}
 
-    def add(name: str, rows: Tensor) -> None:
-        sums[name] = sums[name].addmm_(rows.T, rows) if name in sums else rows.T @ rows
-        counts[name] += len(rows)
 
-    with failing_together():
-        run_inputs(model, layers, batches, forward, add)
-    found = {}
-    for name, layer in layers.items():
-        width, count = _width(layer), total(counts[name])
+class RunningCovariance:
+    """Σ x xᵀ of rows of ``width`` numbers that come in batches."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.count = 0
+        self.sum: Tensor = torch.zeros(())
+
+    def add(self, rows: Float[Tensor, "m in"]) -> None:
+        self.sum = self.sum.addmm_(rows.T, rows) if self.count else rows.T @ rows
+        self.count += len(rows)
+
+    def result(self, name: str) -> InputCovariance:
+        """The mean over all processes' rows."""
+        count = total(self.count)
         _check_count(name, count, 1)
-        C = summed(sums[name] if name in sums else torch.zeros(width, width))
-        found[name] = InputCovariance(C / count, count)
-    return found
-
-
-def _width(layer: nn.Module) -> int:
-    """How many numbers an input vector has."""
-    kind = kind_of(layer)
-    assert kind is not None
-    return kind.shape(layer)[1]
+        return InputCovariance(summed(self.sum if self.count else torch.zeros(self.width, self.width)) / count, count)
 
 
 class RunningSVD:
@@ -192,22 +191,22 @@ class RunningSVD:
                 joined._take(int(count), float(variance), other_mean, other_scaled)
         vars(self).update(vars(joined))
 
-    def leading(self, k: int, where: str) -> InputDirections:
+    def leading(self, k: int, name: str) -> InputDirections:
         """The first k directions.
 
         Raises:
             EvidenceError: fewer than k + 1 rows came in, which centred span fewer than k directions.
         """
-        _check_count(where, self.count, k + 1)
+        _check_count(name, self.count, k + 1)
         s = self.s[:k]
         explained = s.double().square() / max(self.variance, torch.finfo(torch.float64).tiny)
         return InputDirections(self.v[:, :k].T, s, explained.to(s.dtype), self.count)
 
 
-def _check_count(name: str, found: int, needed: int) -> None:
-    if found < needed:
+def _check_count(name: str, count: int, needed: int) -> None:
+    if count < needed:
         raise EvidenceError(
-            f"{name}: saw {found} input vectors that are not padding, expected at least {needed}; give more batches, "
+            f"{name}: saw {count} input vectors that are not padding, expected at least {needed}; give more batches, "
             f"or exclude the layer if the data never reaches it"
         )
 
@@ -217,42 +216,47 @@ def run_inputs(
     layers: Mapping[str, nn.Module],
     batches: Iterable[Any],
     forward: Forward | None,
-    observe: Callable[[str, Tensor], None],
+    running: Mapping[str, RunningSVD] | Mapping[str, RunningCovariance],
 ) -> None:
-    """Forward over the batches, calling ``observe(name, rows)`` with each layer's inputs [n, in], padding left out."""
+    """Forward over the batches, each layer's inputs [n, in] going to its accumulator, padding left out."""
     run = forward or run_forward
-    mask: Tensor | None = None
-
-    def hook_for(name: str, kind: Kind) -> Any:
-        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            rows = _unmasked(_inputs(name, kind, layer, layer_input(args, kwargs)), mask)
-            if not bool(torch.isfinite(rows).all()):
-                raise NonFiniteActivation(
-                    f"{name}: its input holds NaN or infinity; look at the batches, or load the model in fp32 or bf16"
-                )
-            if len(rows):
-                observe(name, rows)
-
-        return hook
-
-    with undisturbed(model), hooked(layers, hook_for), torch.no_grad():
+    inputs = _Inputs(running)
+    with failing_together(), undisturbed(model), hooked(layers, inputs.hook), torch.no_grad():
         for batch in each_batch(batches):
-            mask = _mask(batch)
+            inputs.mask = _mask(batch)
             run(model, batch)
 
 
-def _inputs(name: str, kind: Kind, layer: nn.Module, x: Tensor) -> Tensor:
+class _Inputs:
+    """Where the hooks on the layers find the batch's mask and their accumulators."""
+
+    def __init__(self, running: Mapping[str, RunningSVD] | Mapping[str, RunningCovariance]) -> None:
+        self.running = running
+        self.mask: Tensor | None = None
+
+    def hook(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Hand a layer's input on."""
+        rows = _unmasked(_rows(name, layer, layer_input(args, kwargs)), self.mask)
+        if not bool(torch.isfinite(rows).all()):
+            raise NonFiniteActivation(
+                f"{name}: its input holds NaN or infinity; look at the batches, or load the model in fp32 or bf16"
+            )
+        if len(rows):
+            self.running[name].add(rows)
+
+
+def _rows(name: str, layer: nn.Module, x: Tensor) -> Tensor:
     try:
-        rows = kind.inputs(layer, x.detach())
+        rows = kind_of(layer).inputs(layer, x.detach())
     except EvidenceError as error:
         raise EvidenceError(f"{name}: {error}") from None
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return at_least_fp32(rows)
 
 
 def _mask(batch: Any) -> Tensor | None:
     """True where a token is real, one entry a token; None where the batch does not say."""
-    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return found.flatten().bool() if isinstance(found, Tensor) and found.dim() == 2 else None
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.flatten().bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _unmasked(rows: Float[Tensor, "n in"], mask: Tensor | None) -> Float[Tensor, "m in"]:

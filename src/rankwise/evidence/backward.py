@@ -4,6 +4,7 @@ No weight needs ``requires_grad`` and none gets a ``.grad``, so frozen and quant
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,19 +12,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
+from rankwise.evidence.processes import failing_together, total
 from rankwise.evidence.undisturbed import each_batch, hooked, layer_input, run_forward, undisturbed
-from rankwise.layers.kinds import Kind
 from rankwise.layers.low_rank_product import writable
 from rankwise.layers.quantised import forbid_repacking
 
 Loss = Callable[[nn.Module, Any], Tensor]
-Observer = Callable[[str, Kind, nn.Module, Tensor, Tensor], None]
+
+Observer = Callable[[str, nn.Module, Tensor, Tensor], None]
 
 
 def run_backward(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], loss: Loss | None, observe: Observer
 ) -> int:
-    """Forward and backward over the batches, calling ``observe(name, kind, layer, X, dY)``; returns their number.
+    """Forward and backward of all processes over their batches; returns the number of batches of all.
+
+    Args:
+        observe: called with each layer's name, the layer, its input X and the gradient of its output dY.
 
     Raises:
         EvidenceError: no batches, a batch without a loss. NonFiniteGradient: a loss that is not finite.
@@ -31,7 +36,7 @@ def run_backward(
     forbid_repacking(model)
     loss_of = loss or _loss_of_output
     count = 0
-    with undisturbed(model), hooked(layers, lambda name, kind: _capture(name, kind, observe)), torch.enable_grad():
+    with failing_together(), undisturbed(model), hooked(layers, partial(_capture, observe)), torch.enable_grad():
         for count, batch in enumerate(each_batch(batches), 1):
             value = _single(loss_of(model, batch), count - 1)
             if not bool(torch.isfinite(value)):
@@ -41,14 +46,14 @@ def run_backward(
             if not value.requires_grad:
                 raise NoGradient(f"batch {count - 1}: the loss depends on none of the {len(layers)} adapted layers")
             value.backward()  # type: ignore[no-untyped-call]
-    return count
+    return total(count)
 
 
 def _single(value: Any, number: int) -> Tensor:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value
-    found = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise EvidenceError(f"batch {number}: the loss is a {found}; expected a tensor of one number")
+    what = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise EvidenceError(f"batch {number}: the loss is a {what}; expected a tensor of one number")
 
 
 def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
@@ -61,17 +66,13 @@ def _loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     return value
 
 
-def _capture(name: str, kind: Kind, observe: Observer) -> Any:
+def _capture(
+    observe: Observer, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
     """A forward hook that waits for the gradient of the layer's output."""
-
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        def show(x: Tensor, grad_y: Tensor) -> None:
-            observe(name, kind, layer, x, grad_y)
-
-        start = torch.empty(0, requires_grad=True)  # with everything frozen the graph starts here
-        return _Watched.apply(writable(output), layer_input(args, kwargs), start, name, show)  # type: ignore[no-any-return, no-untyped-call]
-
-    return hook
+    show = partial(observe, name, layer)
+    start = torch.empty(0, requires_grad=True)  # with everything frozen the graph starts here
+    return _Watched.apply(writable(output), layer_input(args, kwargs), start, name, show)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Watched(torch.autograd.Function):

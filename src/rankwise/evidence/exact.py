@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.backward import Loss, run_backward
-from rankwise.evidence.processes import failing_together, summed, total
-from rankwise.layers.kinds import Kind, kind_of
+from rankwise.evidence.processes import summed
+from rankwise.layers.kinds import kind_of
 from rankwise.shapes import Float
 
 
@@ -37,7 +37,7 @@ class ExactGradient:
 
 def gradient_bytes(layer: nn.Module) -> int:
     """What one layer's G takes in fp32."""
-    out, into = _shape(layer)
+    out, into = kind_of(layer).shape(layer)
     return 4 * out * into
 
 
@@ -74,27 +74,28 @@ def exact_gradients(
     device: torch.device | str | None = None,
 ) -> dict[str, ExactGradient]:
     """:func:`rankwise.gradients` for layers that are already chosen, all in one pass."""
-    sums: dict[str, Tensor] = {}
+    sums = _Sums(device)
+    count = run_backward(model, layers, batches, loss, sums.add)
+    return {name: sums.result(name, layer, count) for name, layer in layers.items()}
 
-    def observe(name: str, kind: Kind, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
-        grad = kind.gradient(layer, x, grad_y).to(device)
-        sums[name] = sums[name].add_(grad) if name in sums else grad
 
-    with failing_together():
-        count = run_backward(model, layers, batches, loss, observe)
-    count = total(count)
-    found = {}
-    for name, layer in layers.items():
-        G = summed(sums.pop(name) if name in sums else torch.zeros(_shape(layer), device=device))
+class _Sums:
+    """Σ dYᵀX of each layer while batches come in."""
+
+    def __init__(self, device: torch.device | str | None) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
+        G = kind_of(layer).gradient(layer, x, grad_y).to(self.device)
+        self.sums[name] = self.sums[name].add_(G) if name in self.sums else G
+
+    def result(self, name: str, layer: nn.Module, count: int) -> ExactGradient:
+        """The mean over all processes' ``count`` batches."""
+        unseen = name not in self.sums  # by this process
+        G = summed(torch.zeros(kind_of(layer).shape(layer), device=self.device) if unseen else self.sums.pop(name))
         _check_gradient(name, G)
-        found[name] = ExactGradient(G.div_(count))
-    return found
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    kind = kind_of(layer)
-    assert kind is not None
-    return kind.shape(layer)
+        return ExactGradient(G.div_(count))
 
 
 def _check_gradient(name: str, grad: Tensor) -> None:

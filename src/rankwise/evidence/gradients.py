@@ -13,7 +13,7 @@ from rankwise.evidence.backward import Loss
 from rankwise.evidence.cache import Gradients, cached, fingerprint
 from rankwise.evidence.exact import ExactGradient, exact_gradients, gradient_bytes, groups_within
 from rankwise.evidence.sketch import SketchedGradient, sketched_gradients
-from rankwise.evidence.undisturbed import each_batch, undisturbed
+from rankwise.evidence.undisturbed import each_batch, repeatable, undisturbed
 from rankwise.methods import nearest
 from rankwise.plan import target_layers
 
@@ -157,9 +157,9 @@ def exact_in_groups(
 ) -> Iterator[dict[str, ExactGradient]]:
     """The exact gradients of one group of layers after the other, each from a pass over the same batches."""
     groups = list(groups)
-    again = batches if len(groups) == 1 or isinstance(batches, Sequence) else list(each_batch(batches))
+    batches = repeatable(batches, len(groups))
     for group in groups:
-        yield exact_gradients(model, group, again, loss, device=device)
+        yield exact_gradients(model, group, batches, loss, device=device)
 
 
 def sketch_with_warning(

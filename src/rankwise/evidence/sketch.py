@@ -10,7 +10,7 @@ where M Q = U S (VᵀQ) + dYᵀ(XQ) and likewise MᵀP. A second pass over the s
 G V and GᵀU exactly, and from them the two-sided (generalised Nyström) approximation G V (UᵀG V)⁺ (GᵀU)ᵀ.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.backward import Loss, run_backward
-from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
-from rankwise.evidence.undisturbed import each_batch
+from rankwise.evidence.processes import gathered, process_count, summed, total
+from rankwise.evidence.undisturbed import repeatable
 from rankwise.layers.increments import Increment
-from rankwise.layers.kinds import Kind, kind_of
+from rankwise.layers.kinds import kind_of
 from rankwise.shapes import Float
 from rankwise.sites import site_generator
 
@@ -163,7 +163,45 @@ class _Fixed:
         return first.result(count)
 
 
-Accumulator = _Running | _Fixed
+class _Factors:
+    """The factors of several layers while batches come in."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], widths: Mapping[str, int]) -> None:
+        self.layers, self.widths = layers, widths
+        self.factors: dict[str, _Running | _Fixed] = {}
+
+    def add(self, name: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
+        extent = torch.stack(torch.aminmax(grad_y))  # one pass, and NaN comes through
+        if not bool(torch.isfinite(extent).all()):
+            raise NonFiniteGradient(f"{name}: the gradient of its output holds NaN or infinity; look at the batches")
+        if not bool(extent.any()):
+            return
+        if name not in self.factors:
+            self.factors[name] = self._begin(name, grad_y.device)
+        self.factors[name].add(kind_of(layer).increment(layer, x, grad_y))
+
+    def _begin(self, name: str, device: torch.device) -> _Running:
+        layer = self.layers[name]
+        return _Running(kind_of(layer).shape(layer), self.widths[name], site_generator(0, name), device)
+
+    def join(self) -> None:
+        """Make them the factors of the sums over all processes.
+
+        Raises:
+            NoGradient: a layer got none, in any process.
+        """
+        for name in self.layers:
+            if not total(int(name in self.factors)):
+                raise NoGradient(
+                    f"{name}: no gradient reached this layer; name it in exclude_modules, or check the labels"
+                )
+            if name not in self.factors:  # other processes have seen it
+                self.factors[name] = self._begin(name, torch.device("cpu"))
+            self.factors[name].join()
+
+    def hold_still(self) -> None:
+        """From here on, products with the factors as they are."""
+        self.factors = {name: _Fixed(factor) for name, factor in self.factors.items() if isinstance(factor, _Running)}
 
 
 def sketched_gradients(
@@ -184,51 +222,12 @@ def sketched_gradients(
     Raises:
         EvidenceError: see :func:`rankwise.gradients`.
     """
-    again = batches if passes == 1 or isinstance(batches, Sequence) else list(each_batch(batches))
-    running: dict[str, Accumulator] = {}
-
-    def first(name: str, kind: Kind, layer: nn.Module, device: torch.device) -> Accumulator:
-        return _Running(kind.shape(layer), widths[name], site_generator(0, name), device)
-
-    count = _one_pass(model, layers, again, loss, running, first)
+    batches = repeatable(batches, passes)
+    running = _Factors(layers, widths)
+    count = run_backward(model, layers, batches, loss, running.add)
+    running.join()
     for _ in range(passes - 1):
-        running = {name: _Fixed(found) for name, found in running.items() if isinstance(found, _Running)}
-        count = _one_pass(model, layers, again, loss, running, first)
-    return {name: running[name].result(count) for name in layers}
-
-
-def _one_pass(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Iterable[Any],
-    loss: Loss | None,
-    running: dict[str, Accumulator],
-    begin: Callable[[str, Kind, nn.Module, torch.device], Accumulator],
-) -> int:
-    """One pass of all processes over their batches, into ``running``; returns the number of batches.
-
-    Raises:
-        NoGradient: a layer got none, in any process.
-    """
-
-    def observe(name: str, kind: Kind, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
-        extent = torch.stack(torch.aminmax(grad_y))  # one pass, and NaN comes through
-        if not bool(torch.isfinite(extent).all()):
-            raise NonFiniteGradient(f"{name}: the gradient of its output holds NaN or infinity; look at the batches")
-        if not bool(extent.any()):
-            return
-        if name not in running:
-            running[name] = begin(name, kind, layer, grad_y.device)
-        running[name].add(kind.increment(layer, x, grad_y))
-
-    with failing_together():
-        count = run_backward(model, layers, batches, loss, observe)
-    for name, layer in layers.items():
-        if not total(int(name in running)):
-            raise NoGradient(f"{name}: no gradient reached this layer; name it in exclude_modules, or check the labels")
-        if name not in running:  # other processes have seen it
-            kind = kind_of(layer)
-            assert kind is not None
-            running[name] = begin(name, kind, layer, torch.device("cpu"))
-        running[name].join()
-    return total(count)
+        running.hold_still()
+        run_backward(model, layers, batches, loss, running.add)
+        running.join()
+    return {name: running.factors[name].result(count) for name in layers}

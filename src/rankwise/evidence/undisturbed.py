@@ -1,13 +1,15 @@
 """What every collection of evidence shares: batches through a model that is left exactly as it was."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError
-from rankwise.layers.kinds import Kind, kind_of
+
+Hook = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]
 
 
 def each_batch(batches: Iterable[Any]) -> Iterator[Any]:
@@ -28,6 +30,11 @@ def each_batch(batches: Iterable[Any]) -> Iterator[Any]:
         yield batch
     if empty:
         raise EvidenceError("batches is empty; give at least one batch of the training data")
+
+
+def repeatable(batches: Iterable[Any], times: int) -> Iterable[Any]:
+    """The batches, for so many passes over them: those that may be gone after one are kept in a list."""
+    return batches if times == 1 or isinstance(batches, Sequence) else list(each_batch(batches))
 
 
 def run_forward(model: nn.Module, batch: Any) -> Any:
@@ -67,14 +74,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooked(layers: Mapping[str, nn.Module], hook_for: Callable[[str, Kind], Any]) -> Iterator[None]:
-    """A forward hook (layer, args, kwargs, output) on each layer, taken off again whatever happens."""
+def hooked(layers: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
+    """A forward hook (name, layer, args, kwargs, output) on each layer, taken off again whatever happens."""
     handles = []
     try:
         for name, layer in layers.items():
-            kind = kind_of(layer)
-            assert kind is not None
-            handles.append(layer.register_forward_hook(hook_for(name, kind), with_kwargs=True))
+            handles.append(layer.register_forward_hook(partial(hook, name), with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import EvidenceError
 from rankwise.layers.kinds import kind_of
 from rankwise.plan import target_layers
@@ -22,7 +22,7 @@ def weights(model: nn.Module, target_modules: str | Iterable[str] = "all-linear"
         model: the full-precision model with the same module paths as the quantised one.
     """
     found: dict[str, Any] = dict(target_layers(model, target_modules))
-    return {name: _matrix(layer, layer.weight.detach()) for name, layer in found.items()}
+    return {name: kind_of(layer).matrix(layer, layer.weight.detach()) for name, layer in found.items()}
 
 
 def stored_weights(reference: str | Path, layers: dict[str, nn.Module]) -> dict[str, Float[Tensor, "out in"]]:
@@ -32,14 +32,10 @@ def stored_weights(reference: str | Path, layers: dict[str, nn.Module]) -> dict[
         EvidenceError: no such file, or no tensor ``<module path>.weight`` in it.
     """
     files = _files(Path(reference), [f"{name}.weight" for name in layers])
-    return {name: _matrix(layer, _read(files[f"{name}.weight"], f"{name}.weight")) for name, layer in layers.items()}
-
-
-def _matrix(layer: nn.Module, stored: Tensor) -> Tensor:
-    """[out, in], whatever the layer's own layout."""
-    kind = kind_of(layer)
-    assert kind is not None
-    return kind.matrix(layer, stored)
+    return {
+        name: kind_of(layer).matrix(layer, _read(files[f"{name}.weight"], f"{name}.weight"))
+        for name, layer in layers.items()
+    }
 
 
 def _files(where: Path, keys: list[str]) -> dict[str, Path]:
@@ -63,4 +59,4 @@ def _read(file: Path, key: str) -> Tensor:
             f"{file}: cannot read {key} ({error}); expected the full-precision base's own safetensors, "
             f"with the same module paths as the quantised model"
         ) from None
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return at_least_fp32(tensor)

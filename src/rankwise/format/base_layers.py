@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rankwise.errors import BaseMismatch
-from rankwise.layers.kinds import kind_of
+from rankwise.layers.kinds import kind_or_none
 from rankwise.methods import nearest
 
 
@@ -26,6 +26,6 @@ def base_layer(modules: Mapping[str, nn.Module], path: str, where: str | Path) -
             f"{where}: the adapter has tensors for {path!r}, which this model lacks{nearest(path, modules)}; "
             f"it was written for another base"
         )
-    if kind_of(modules[path]) is None:
+    if kind_or_none(modules[path]) is None:
         raise BaseMismatch(f"{where}: {path} is a {type(modules[path]).__name__} here, which carries no adapter")
     return modules[path]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapter import read_probes
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, SpecError, UnexpectedTensor
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.format.base_layers import base_layer
@@ -142,15 +143,14 @@ def states_by_site(where: Path, tensors: Mapping[str, T], sites: Mapping[str, An
 def _restore(layer: Any, spec: LoRA, site: Site, state: Mapping[str, Tensor], where: Path) -> AdapterLayer:
     """A new layer of the spec's variant, with the file's state in it."""
     path, kind, variant = site.name, kind_of(layer), spec.variant
-    assert kind is not None and isinstance(variant, Variant)
+    assert isinstance(variant, Variant)
     if (kind.name, kind.shape(layer)) != (site.kind, site.shape):
         raise ShapeMismatch(
             f"{where}: {path} is a {site.kind} of {site.shape[0]} × {site.shape[1]} in the file and a {kind.name} of "
             f"{kind.shape(layer)[0]} × {kind.shape(layer)[1]} in this model; it was written for another base"
         )
     variant.check_site(site, kind)
-    weight = kind.weight(layer)
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = at_least_fp32(kind.weight(layer))
     (out, into), width = site.shape, variant.starting(site).rank
     zeros = Start(weight.new_zeros(width, into), weight.new_zeros(out, width))
     start = variant.adjusted(zeros, site_generator(spec.seed, path), default=True)  # of which the file replaces all

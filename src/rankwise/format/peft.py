@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rankwise.adapter import Adapter, SiteAdapter, read_probes
 from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import (
     BrokenFile,
     MissingTensor,
@@ -386,7 +387,7 @@ def read_site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA, rank
     kind = "embedding" if embedding else "conv2d" if A.dim() == 4 else "linear"
     groups = rank // B.shape[1]  # a grouped convolution's B has rank/groups columns
     A = _shared_A(where, path, A, groups)
-    delta = LowRank(_wide(B.flatten(1)), _wide(A.flatten(1)), scale)
+    delta = LowRank(at_least_fp32(B.flatten(1)), at_least_fp32(A.flatten(1)), scale)
     return SiteAdapter(kind, delta, tuple(A.shape[1:]) if kind == "conv2d" else (), groups, found)
 
 
@@ -427,12 +428,6 @@ def _shared_A(where: Path, path: str, A: Tensor, groups: int) -> Tensor:
             f"be folded into the weight; expected one A shared by all groups"
         )
     return shared
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In fp32 or finer, as the pair is held in memory."""
-    narrow = tensor.element_size() < 4  # torch promotes no float8
-    return tensor.to(torch.float32 if narrow else torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _check_pair(where: Path, path: str, A: Tensor, B: Tensor, rank: int) -> None:

@@ -11,12 +11,13 @@ from rankwise.adapted.slots import adapter_layers, adapter_name, check_new_name,
 from rankwise.adapted.whole_modules import check_copyable, copied_values
 from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe
 from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
 from rankwise.format.base_layers import base_layer
 from rankwise.format.own_form import OwnAdapter, is_own, read_own_form, write_own_form
 from rankwise.format.peft import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
-from rankwise.layers.kinds import Kind, kind_of
+from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantised
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of
@@ -175,7 +176,7 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
     targets, excluded = adapter.targets, adapter.spec.exclude_modules
     if isinstance(targets, str) or isinstance(excluded, str):
         return  # regular expressions out of a file are not run: one can be made to take forever
-    layers = [path for path, module in model.named_modules() if kind_of(module) is not None]
+    layers = [path for path, module in model.named_modules() if kind_or_none(module) is not None]
     elsewhere = {*adapter.sites, *keys_under(adapter.spec.modules_to_save, layers)}
     wanted, unwanted = set(targets), set(excluded)
     for path in layers:
@@ -194,13 +195,12 @@ def _restore(
 ) -> FoldableLayer:
     layer = base_layer(modules, path, directory)
     kind = kind_of(layer)
-    assert kind is not None
     _check_fits(layer, kind, path, site, directory)
     extra = dict(site.extra)
     _check_base_copy(layer, path, extra.pop(BASE_COPY, None), directory)
     delta = site.delta
     weight = dequantised(layer) if is_quantised(layer) else kind.weight(layer)
-    device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+    device, dtype = weight.device, fp32_or_finer(weight.dtype)
     moved = LowRank(delta.B.to(device, dtype), delta.A.to(device, dtype), delta.scale)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
     restored = variant.restore(described, kind, weight, moved, extra)
@@ -247,7 +247,7 @@ def _check_base(
         quantised: whether the recorded base was.
     """
     modules = dict(model.named_modules())
-    strays = [path for path in probes if path not in modules or kind_of(modules[path]) is None]
+    strays = [path for path in probes if path not in modules or kind_or_none(modules[path]) is None]
     if strays:
         raise BaseMismatch(f"{directory}: records base weights of {strays[0]!r}, no layer of this model that could be")
     with switched_off(model):

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.errors import EvidenceError
+from rankwise.algebra.precision import fp32_or_finer
+from rankwise.errors import EvidenceError, TargetError
 from rankwise.layers.increments import Dense, Increment, Outer
 from rankwise.layers.low_rank_product import add_low_rank, as_rows
 from rankwise.layers.quantised import dequantised
@@ -94,7 +95,7 @@ class _MatmulKind(Kind):
         return add_low_rank(y, x, A, B, scale, dropout)
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
-        dtype = torch.promote_types(grad_y.dtype, torch.float32)
+        dtype = fp32_or_finer(grad_y.dtype)
         return as_rows(grad_y).to(dtype).T @ as_rows(x).to(dtype)
 
     def increment(self, layer: Any, x: Tensor, grad_y: Tensor) -> Increment:
@@ -158,7 +159,7 @@ class EmbeddingKind(Kind):
         return y + term
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
-        dtype = torch.promote_types(grad_y.dtype, torch.float32)
+        dtype = fp32_or_finer(grad_y.dtype)
         rows = torch.zeros(layer.num_embeddings, layer.embedding_dim, dtype=dtype, device=grad_y.device)
         rows.index_add_(0, x.flatten(), as_rows(grad_y).to(dtype))
         if layer.padding_idx is not None:
@@ -219,7 +220,7 @@ class Conv2dKind(Kind):
         return F.conv2d(h, B[:, :, None, None], groups=int(layer.groups))
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
-        dtype = torch.promote_types(grad_y.dtype, torch.float32)
+        dtype = fp32_or_finer(grad_y.dtype)
         zero = torch.zeros(layer.weight.shape, dtype=dtype, device=x.device, requires_grad=True)
         with torch.enable_grad():
             y = layer._conv_forward(x.detach().to(dtype), zero, None)
@@ -244,7 +245,22 @@ LINEAR, CONV1D, EMBEDDING, CONV2D = LinearKind(), Conv1DKind(), EmbeddingKind(),
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, EMBEDDING, CONV2D)}
 
 
-def kind_of(layer: nn.Module) -> Kind | None:
+def kind_of(layer: nn.Module) -> Kind:
+    """The kind of a layer that can carry an adapter.
+
+    Raises:
+        TargetError: it is of no such kind.
+    """
+    kind = kind_or_none(layer)
+    if kind is None:
+        raise TargetError(
+            f"a {type(layer).__name__} cannot carry an adapter; expected Linear, Conv1D, Conv2d or Embedding: name "
+            f"layers inside it"
+        )
+    return kind
+
+
+def kind_or_none(layer: nn.Module) -> Kind | None:
     """The kind of a layer, or None where no adapter can go."""
     if isinstance(layer, nn.Linear):
         return LINEAR

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.precision import at_least_fp32
 from rankwise.attach import Pair, pairs
 from rankwise.errors import CheckpointError, SpecError, TrainingError
 from rankwise.methods import nearest
@@ -316,7 +317,7 @@ class LoraPro(torch.optim.Optimizer):
             options = {name: group[name] for name in form.options}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    _move(parameter, form.plain(_wide(parameter.grad), self.state[parameter], options), group)
+                    _move(parameter, form.plain(at_least_fp32(parameter.grad), self.state[parameter], options), group)
         return loss
 
     def _batches(self) -> list[list[Pair]]:
@@ -366,10 +367,10 @@ def _step_pairs(alike: Sequence[Pair], states: Sequence[State], group: Mapping[s
         TrainingError: a gradient, A or B holds NaN or infinity. None of these pairs has moved then.
     """
     form = FORMS[group["form"]]
-    grad_A = torch.stack([_wide(_gradient(pair.parameters[0])) for pair in alike])
-    grad_B = torch.stack([_wide(_gradient(pair.parameters[1])) for pair in alike])
-    A = torch.stack([_wide(pair.A) for pair in alike])
-    B = torch.stack([_wide(pair.B) for pair in alike])
+    grad_A = torch.stack([at_least_fp32(_gradient(pair.parameters[0])) for pair in alike])
+    grad_B = torch.stack([at_least_fp32(_gradient(pair.parameters[1])) for pair in alike])
+    A = torch.stack([at_least_fp32(pair.A) for pair in alike])
+    B = torch.stack([at_least_fp32(pair.B) for pair in alike])
     finite = sum(t.sum((1, 2)) for t in (grad_A, grad_B, A, B)).isfinite()  # type: ignore[union-attr]
     if not bool(finite.all()):
         broken = [pair.name for pair, fine in zip(alike, finite.tolist(), strict=True) if not fine]
@@ -390,14 +391,9 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """In fp32 or finer."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def _move(parameter: Tensor, direction: Tensor, group: Mapping[str, Any]) -> None:
     """p ← (1 − lr·weight_decay) p − lr·direction, rounded once."""
-    moved = _wide(parameter) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
+    moved = at_least_fp32(parameter) * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
     parameter.copy_(moved)
 
 

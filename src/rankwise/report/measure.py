@@ -23,7 +23,7 @@ from rankwise.analysis import (
     subspace_similarity,
 )
 from rankwise.errors import BaseMismatch
-from rankwise.layers.kinds import kind_of
+from rankwise.layers.kinds import kind_or_none
 
 LOST_TO = ("bfloat16", "nf4")
 INTRUDERS_AMONG = 10
@@ -184,7 +184,7 @@ def _against_base(base: nn.Module, name: str, site: SiteAdapter, *, intruders: b
 
 def _weight(base: nn.Module, name: str, delta: LowRank) -> Tensor:
     layer: Any = dict(base.named_modules()).get(name)
-    kind = None if layer is None else kind_of(layer)
+    kind = None if layer is None else kind_or_none(layer)
     if kind is None:
         raise BaseMismatch(f"the base has no layer {name} that could carry an adapter; it is another model's")
     if kind.shape(layer) != delta.shape:

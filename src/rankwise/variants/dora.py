@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank
+from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import MissingTensor, ShapeMismatch
 from rankwise.layers.kinds import Kind
 from rankwise.shapes import Float
@@ -97,7 +98,7 @@ class DoraLayer(LoraLayer):
 
 def row_norms(weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
     """‖W_o‖ of each row, in fp32 or finer."""
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=fp32_or_finer(weight.dtype))
     return norms
 
 
