@@ -19,6 +19,9 @@ from rankwise.scaling import SCALINGS
 from rankwise.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from import_order import order  # noqa: E402
 
 
 def result(name: str) -> dict[str, Any]:
@@ -280,6 +283,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "intrinsic": intrinsic,
         "analyze": analyze,
     },
+    "docs/design.md": {"order": order},
     "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora},
 }
 

@@ -1,4 +1,4 @@
-"""Imports run one way, and the core needs torch, safetensors and numpy only."""
+"""Imports run one way, the core needs torch, safetensors and numpy only, and no part grows past its budget of lines."""
 
 import ast
 import subprocess
@@ -7,37 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from import_order import FILE_LINES, HEART, HEART_LINES, LEVEL, TRAIN_ROOMS, code_lines
 
 import rankwise
 
 SRC = Path(rankwise.__file__).parent
-
-# From the bottom up. A module imports only from the rows above its own, never its siblings.
-LAYERS = (
-    {"errors", "shapes"},
-    {"json_object"},
-    {"tensor_header"},
-    {"files", "methods", "patterns", "pattern_worker", "sites", "algebra"},
-    {"layers"},
-    {"scaling", "inits", "variants"},
-    {"spec"},
-    {"adapter"},
-    {"plan"},
-    {"adapted"},
-    {"evidence", "format"},
-    {"inspection", "attach"},
-    {"optim", "analysis"},
-    {"report"},
-    {"train"},
-    {"studies"},
-    {"cli"},
-    {"__main__"},
-)
-# The same inside `train`, by its rooms.
-TRAIN_ROOMS = ("recipe", "data", "model", "trainer", "tasks", "run")
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-# `rankwise/__init__.py` gathers the core, so it stands between the core and what is built on it.
-LEVEL["__init__"] = LEVEL["report"] - 0.5
 
 CORE_NEEDS = sys.stdlib_module_names | {"rankwise", "torch", "safetensors", "numpy"}
 NOT_IN_CORE = (
@@ -111,3 +85,13 @@ def test_core_works_with_nothing_else_installed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(SRC.rglob("*.py")), ids=lambda path: str(path.relative_to(SRC)))
+def test_no_file_is_too_long(path: Path) -> None:
+    assert code_lines(path) <= FILE_LINES
+
+
+def test_the_heart_is_small() -> None:
+    lines = {path: code_lines(path) for path in SRC.rglob("*.py") if component(path) in HEART}
+    assert sum(lines.values()) <= HEART_LINES, sorted(lines.items(), key=lambda item: -item[1])[:10]
