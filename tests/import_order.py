@@ -15,10 +15,10 @@ LAYERS = (
     ("scaling", "inits", "variants"),
     ("spec",),
     ("adapter",),
-    ("plan",),
+    ("planning",),
     ("adapted",),
     ("evidence", "format"),
-    ("inspection", "attach"),
+    ("inspection", "attaching"),
     ("optim", "analysis"),
     ("report",),
     ("train",),
@@ -27,13 +27,13 @@ LAYERS = (
     ("__main__",),
 )
 LEVEL: dict[str, float] = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-# `rankwise/__init__.py` gathers the core, so it stands between the core and what is built on it.
-LEVEL["__init__"] = LEVEL["report"] - 0.5
+# `rankwise/public.py` gathers the core, so it stands between the core and what is built on it.
+LEVEL["public"], LEVEL["__init__"] = LEVEL["report"] - 0.6, LEVEL["report"] - 0.5
 # The same inside `train`, by its rooms.
 TRAIN_ROOMS = ("recipe", "data", "model", "trainer", "tasks", "run")
 
 # What an adapter is made of: it is to stay small enough to be read in an afternoon.
-HEART = ("algebra", "layers", "sites", "spec", "plan", "inits", "variants", "adapted", "attach")
+HEART = ("algebra", "layers", "sites", "spec", "planning", "inits", "variants", "adapted", "attaching")
 HEART_LINES = 2600
 FILE_LINES = 350
 

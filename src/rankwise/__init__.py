@@ -1,45 +1,24 @@
-"""rankwise: low-rank training that keeps step with full fine-tuning, on a base that is never touched."""
+"""rankwise: low-rank training that keeps step with full fine-tuning, on a base that is never touched.
 
-from rankwise import analysis, errors, inits, optim, variants
-from rankwise.adapted.merge import merge, unmerge
-from rankwise.algebra.low_rank import LowRank
-from rankwise.attach import Pair, activate, attach, detach, disabled, pairs, trainable_parameters
-from rankwise.errors import RankwiseError
-from rankwise.evidence import activations, covariances, gradients, weights
-from rankwise.format.save_load import load, save
-from rankwise.optim import param_groups
-from rankwise.plan import plan
-from rankwise.sites import Site
-from rankwise.spec import Bottleneck, LoRA
+Importing it needs no torch: the names are imported when one of them is first used. No module is called like a function
+here, as importing the module would put it in the function's place.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Bottleneck",
-    "LoRA",
-    "LowRank",
-    "Pair",
-    "RankwiseError",
-    "Site",
-    "activate",
-    "activations",
-    "analysis",
-    "attach",
-    "covariances",
-    "detach",
-    "disabled",
-    "errors",
-    "gradients",
-    "inits",
-    "load",
-    "merge",
-    "optim",
-    "pairs",
-    "param_groups",
-    "plan",
-    "save",
-    "trainable_parameters",
-    "unmerge",
-    "variants",
-    "weights",
-]
+if TYPE_CHECKING:
+    from rankwise.public import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        public = import_module("rankwise.public")
+        if name not in public.__all__:  # which is not there yet while that module is being imported
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals().update({public_name: getattr(public, public_name) for public_name in public.__all__})
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module("rankwise.public").__all__})

@@ -29,7 +29,7 @@ from zoo import (
 
 import rankwise as rw
 from rankwise.adapted.slots import adapter_layers
-from rankwise.attach import base_matrix
+from rankwise.attaching import base_matrix
 from rankwise.inits import INITS
 from rankwise.layers.kinds import kind_of
 from rankwise.scaling import SCALINGS

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.attach import base_matrix
+from rankwise.attaching import base_matrix
 from rankwise.errors import EvidenceError
 
 

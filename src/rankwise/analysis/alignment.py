@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rankwise.adapted.slots import host
 from rankwise.algebra.low_rank import LowRank
-from rankwise.attach import pairs
+from rankwise.attaching import pairs
 from rankwise.errors import AttachError, SpecError
 from rankwise.evidence import exact_gradients
 from rankwise.methods import nearest

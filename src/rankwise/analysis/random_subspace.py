@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rankwise.errors import AttachError, SpecError
-from rankwise.plan import target_layers
+from rankwise.planning import target_layers
 from rankwise.shapes import Float, Int
 from rankwise.sites import site_generator
 

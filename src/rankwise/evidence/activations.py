@@ -13,7 +13,7 @@ from rankwise.errors import EvidenceError, NonFiniteActivation
 from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
 from rankwise.evidence.undisturbed import each_batch, hooked, layer_input, run_forward, undisturbed
 from rankwise.layers.kinds import kind_of
-from rankwise.plan import target_layers
+from rankwise.planning import target_layers
 from rankwise.shapes import Float
 
 Forward = Callable[[nn.Module, Any], Any]

@@ -15,7 +15,7 @@ from rankwise.evidence.exact import ExactGradient, exact_gradients, gradient_byt
 from rankwise.evidence.sketch import SketchedGradient, sketched_gradients
 from rankwise.evidence.undisturbed import each_batch, repeatable, undisturbed
 from rankwise.methods import nearest
-from rankwise.plan import target_layers
+from rankwise.planning import target_layers
 
 log = logging.getLogger("rankwise")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import EvidenceError
 from rankwise.layers.kinds import kind_of
-from rankwise.plan import target_layers
+from rankwise.planning import target_layers
 from rankwise.shapes import Float
 
 

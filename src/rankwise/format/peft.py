@@ -33,7 +33,7 @@ from rankwise.errors import (
 from rankwise.files import read_json, read_tensors, write_json, write_tensors
 from rankwise.format import adalora
 from rankwise.methods import name_of
-from rankwise.plan import keys_under, pattern_values
+from rankwise.planning import keys_under, pattern_values
 from rankwise.scaling import Scaling, declared
 from rankwise.spec import LoRA
 from rankwise.variants import VARIANTS

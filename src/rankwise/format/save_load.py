@@ -21,7 +21,7 @@ from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantised
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of
-from rankwise.plan import keys_under, modules_saved_whole
+from rankwise.planning import keys_under, modules_saved_whole
 from rankwise.sites import SAVED, Site
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import FoldableLayer, PairVariant

@@ -32,7 +32,7 @@ from rankwise.format.peft import (
     stray,
 )
 from rankwise.inspection.engines import Traits, Verdict, verdicts
-from rankwise.plan import keys_under
+from rankwise.planning import keys_under
 from rankwise.spec import LoRA
 from rankwise.tensor_header import TensorEntry
 

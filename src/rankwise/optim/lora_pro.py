@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
-from rankwise.attach import Pair, pairs
+from rankwise.attaching import Pair, pairs
 from rankwise.errors import CheckpointError, SpecError, TrainingError
 from rankwise.methods import nearest
 from rankwise.optim.checks import check_betas, check_number

@@ -18,7 +18,7 @@ import rankwise as rw
 from rankwise.analysis import train_in_random_subspace
 from rankwise.errors import BrokenFile, SpecError
 from rankwise.files import check_directory_name, sha256, write_file
-from rankwise.plan import target_layers
+from rankwise.planning import target_layers
 from rankwise.train.recipe import Recipe
 from rankwise.train.run import adapter_start, run
 from rankwise.train.trainer.trainer import AdapterTrainer

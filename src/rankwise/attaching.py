@@ -42,7 +42,7 @@ from rankwise.inits.base import EVIDENCE, EvidenceNeed, Init
 from rankwise.inits.loftq import Loftq
 from rankwise.layers.kinds import KINDS, kind_of, parameter_owners
 from rankwise.layers.quantised import forbid_repacking, is_quantised
-from rankwise.plan import modules_saved_whole, plan
+from rankwise.planning import modules_saved_whole, plan
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start, site_generator
 from rankwise.spec import LoRA

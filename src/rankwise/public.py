@@ -1,0 +1,43 @@
+"""The public names of rankwise, imported together; ``rankwise`` itself takes them from here when one is first used."""
+
+from rankwise import analysis, errors, inits, optim, variants
+from rankwise.adapted.merge import merge, unmerge
+from rankwise.algebra.low_rank import LowRank
+from rankwise.attaching import Pair, activate, attach, detach, disabled, pairs, trainable_parameters
+from rankwise.errors import RankwiseError
+from rankwise.evidence import activations, covariances, gradients, weights
+from rankwise.format.save_load import load, save
+from rankwise.optim import param_groups
+from rankwise.planning import plan
+from rankwise.sites import Site
+from rankwise.spec import Bottleneck, LoRA
+
+__all__ = [
+    "Bottleneck",
+    "LoRA",
+    "LowRank",
+    "Pair",
+    "RankwiseError",
+    "Site",
+    "activate",
+    "activations",
+    "analysis",
+    "attach",
+    "covariances",
+    "detach",
+    "disabled",
+    "errors",
+    "gradients",
+    "inits",
+    "load",
+    "merge",
+    "optim",
+    "pairs",
+    "param_groups",
+    "plan",
+    "save",
+    "trainable_parameters",
+    "unmerge",
+    "variants",
+    "weights",
+]
