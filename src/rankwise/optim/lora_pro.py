@@ -28,6 +28,7 @@ from rankwise.attach import Pair
 from rankwise.errors import SpecError
 from rankwise.methods import nearest
 from rankwise.optim.checks import check_betas, check_number
+from rankwise.optim.choice import choice_of
 from rankwise.optim.elementwise import State, adam_direction, sgd_direction
 from rankwise.optim.pair_optimizer import Direction, PairOptimizer
 from rankwise.shapes import Float
@@ -241,3 +242,6 @@ class LoraPro(PairOptimizer):
             others_direction=FORMS[form].others,
             others_options=options,
         )
+
+
+LoraProChoice = choice_of(LoraPro)
