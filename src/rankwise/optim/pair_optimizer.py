@@ -199,17 +199,17 @@ class PairOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def _check_finite(self, moving: Iterable[Pair]) -> None:
-        """Refuse NaN and infinity in a gradient or in what it would move, before anything moves."""
-        tensors = {pair.name: [t for p in pair.parameters for t in (p, _gradient(p))] for pair in moving}
-        rest = [p for group in self.param_groups[1:] for p in group["params"] if p.grad is not None]
-        tensors["a trained tensor in no pair"] = [t for p in rest for t in (p, _gradient(p))]
-        if torch.nn.utils.get_total_norm(chain.from_iterable(tensors.values())).isfinite():
+        """Refuse a gradient with NaN or infinity before anything moves."""
+        gradients = {pair.name: [p.grad for p in pair.parameters] for pair in moving}
+        gradients["what is in no pair"] = [p.grad for group in self.param_groups[1:] for p in group["params"]]
+        present = {name: [g for g in parts if g is not None] for name, parts in gradients.items()}
+        if whole(torch.nn.utils.get_total_norm(chain.from_iterable(present.values()))).isfinite():
             return
-        # The norm may overflow where the entries do not, as in fp16.
-        broken = [name for name, parts in tensors.items() if not all(bool(t.isfinite().all()) for t in parts)]
+        # The norm may overflow where no entry does, as in fp16.
+        broken = [name for name, parts in present.items() if not all(bool(whole(g.isfinite()).all()) for g in parts)]
         if broken:
             raise TrainingError(
-                f"{broken[0]}: its gradient or value holds NaN or infinity ({len(broken)} like this); lower lr (now "
+                f"{broken[0]}: its gradient holds NaN or infinity ({len(broken)} like this); lower lr (now "
                 f"{self.param_groups[0]['lr']:g}), clip the gradients, or train in fp32 or bf16"
             )
 
