@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rankwise.errors import SpecError
 
@@ -44,13 +45,13 @@ def _build(table: Mapping[str, Entry], options: dict[str, Any], what: str) -> An
         hint = nearest(str(name), table)
         raise SpecError(f"{what}: expected one of {', '.join(table)}, found {name!r}{hint}")
     cls = table[name].cls
-    defaults = cls()
+    defaults, kinds = cls(), get_type_hints(cls)
     known = [field.name for field in fields(cls)]
     for key, value in options.items():
         if key not in known:
             raise SpecError(f"{what} {name!r}: unknown option {key!r}, known: {sorted(known)}{nearest(key, known)}")
         default = getattr(defaults, key)
-        if not _alike(value, default):
+        if not (_alike(value, default) or value in _literals(kinds[key])):
             raise SpecError(f"{what} {name!r}: {key} must be of the kind of {default!r}, found {value!r}")
     return cls(**options)
 
@@ -60,6 +61,12 @@ def _alike(value: object, default: object) -> bool:
     if isinstance(default, float):
         return type(value) in (int, float)
     return not isinstance(default, int | str) or type(value) is type(default)
+
+
+def _literals(kind: Any) -> tuple[Any, ...]:
+    """The values that a type names: of ``float | Literal["derived"]``, "derived"."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(value for member in members if get_origin(member) is Literal for value in get_args(member))
 
 
 def name_of(table: Mapping[str, Entry], method: Any) -> str:
