@@ -8,7 +8,8 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib import import_module
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rankwise.errors import SpecError
 
@@ -78,13 +79,13 @@ def resolve(table: Table, choice: Any, what: str) -> Any:
 def _build(table: Table, options: dict[str, Any], what: str) -> Any:
     name = options.pop("name", None)
     cls = row(table, name, what).cls
-    defaults = cls()
+    defaults, kinds = cls(), get_type_hints(cls)
     known = [field.name for field in fields(cls)]
     for key, value in options.items():
         if key not in known:
             raise SpecError(f"{what} {name!r}: unknown option {key!r}, known: {sorted(known)}{nearest(key, known)}")
         default = getattr(defaults, key)
-        if not _alike(value, default):
+        if not (_alike(value, default) or value in _literals(kinds[key])):
             raise SpecError(f"{what} {name!r}: {key} must be of the kind of {default!r}, found {value!r}")
     return cls(**options)
 
@@ -94,6 +95,12 @@ def _alike(value: object, default: object) -> bool:
     if isinstance(default, float):
         return type(value) in (int, float)
     return not isinstance(default, int | str) or type(value) is type(default)
+
+
+def _literals(kind: Any) -> tuple[Any, ...]:
+    """The values that a type names: of ``float | Literal["derived"]``, "derived"."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(value for member in members if get_origin(member) is Literal for value in get_args(member))
 
 
 def name_of(table: Table, method: Any) -> str:
@@ -111,15 +118,19 @@ def as_plain(table: Table, method: Any) -> str | dict[str, Any]:
 
 
 def lazy_attributes(package: str, table: Table, others: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` that finds the classes of a table, and others, where they are defined.
+    """A package's ``__getattr__`` that finds the classes of a table, and their modules, where they are defined.
 
     Args:
         package: its name, for the error.
         others: name → ``"module:name"`` of what is in no row.
     """
     places = {entry.make.rpartition(":")[2]: entry.make for entry in table.values()} | dict(others)
+    modules = {place.partition(":")[0] for place in places.values()}
+    submodules = {module.rpartition(".")[2]: module for module in modules if module.startswith(f"{package}.")}
 
     def attribute(name: str) -> Any:
+        if name in submodules:
+            return import_module(submodules[name])
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, _, symbol = places[name].partition(":")

@@ -79,10 +79,11 @@ def test_the_evaluation_before_training_is_the_pretrained_models(make, tiny):
         {},
         {"init": "lora-ga", "scaling": "rslora"},
         {"dropout": 0.1},
-        {"lr_ratio": 4.0},
+        {"optimizer": {"name": "lora-plus", "ratio": 4.0}},
+        {"optimizer": "lora-pro", "init": "lora-ga"},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_train_epochs": 2.0, "max_steps": -1},
     ],
-    ids=["plain", "lora-ga", "dropout", "lora-plus", "accumulation"],
+    ids=["plain", "lora-ga", "dropout", "lora-plus", "lora-pro", "accumulation"],
 )
 def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(make, tmp_path, changes):
     whole = run.train(make(**changes, output_dir=str(tmp_path / "whole")), SILENT)
@@ -145,7 +146,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(make, tmp_path):
 
 
 def test_lora_plus_trains_b_faster(make):
-    trainer = run.train(make(lr_ratio=8.0, lr_scheduler_type="constant"), SILENT).prepared.trainer
+    trainer = run.train(
+        make(optimizer={"name": "lora-plus", "ratio": 8.0}, lr_scheduler_type="constant"), SILENT
+    ).prepared.trainer
     assert sorted({group["lr"] for group in trainer.optimizer.param_groups}) == pytest.approx([1e-2, 8e-2])
 
 

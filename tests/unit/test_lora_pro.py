@@ -18,7 +18,8 @@ from rankwise.adapted.slots import slots
 from rankwise.errors import CheckpointError, SpecError, TrainingError
 from rankwise.methods import resolve
 from rankwise.optim import OPTIMIZERS, LoraPro, OptimizerChoice
-from rankwise.optim.lora_pro import FORMS, adam_direction, equivalent_gradient, equivalent_gradients
+from rankwise.optim.elementwise import adam_direction
+from rankwise.optim.lora_pro import FORMS, equivalent_gradient, equivalent_gradients
 
 S = 1.7
 
@@ -283,7 +284,7 @@ def test_a_step_moves_the_weight_along_the_projected_gradient(form: str, init: s
 @pytest.mark.parametrize("init", ["kaiming", "init-b", "pissa", "lora-ga"])
 def test_training_lowers_the_loss(form: str, init: str) -> None:
     model = adapted(init)
-    losses = run(model, LoraPro(rw.pairs(model), lr={"sgd": 0.1, "adamw": 1e-2}[form], form=form), 30)
+    losses = run(model, LoraPro(rw.pairs(model), lr={"sgd": 0.1, "adamw": 3e-3}[form], form=form), 30)
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -322,7 +323,7 @@ def test_a_state_of_other_pairs_or_another_form_is_refused() -> None:
     state = LoraPro(rw.pairs(model), lr=1e-3).state_dict()
     with pytest.raises(CheckpointError, match="expected the pairs"):
         LoraPro(rw.pairs(model)[:2], lr=1e-3).load_state_dict(state)
-    with pytest.raises(CheckpointError, match="expected form 'sgd', found 'adamw'"):
+    with pytest.raises(CheckpointError, match="expected the method LoraPro, sgd_pairs, found LoraPro, adamw_pairs"):
         LoraPro(rw.pairs(model), lr=1e-3, form="sgd").load_state_dict(state)
 
 

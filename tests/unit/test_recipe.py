@@ -33,14 +33,24 @@ def test_an_unknown_key_names_the_file_and_the_nearest_field(write):
 
 
 def test_every_problem_is_named_at_once(write):
-    path = write("data: d\nrank: eight\nlr_ratio: fast\nbf16: 1\n")
+    path = write("data: d\nrank: eight\noptimizer: 16\nbf16: 1\n")
     with pytest.raises(RecipeError) as caught:
         recipes.load(path)
     message = str(caught.value)
     assert "`model` is missing" in message
     assert "`rank`: expected a valid integer; found 'eight' (str)" in message
-    assert "`lr_ratio`: expected a valid number or 'derived'; found 'fast' (str)" in message
+    assert "`optimizer`: expected a valid string or a valid dictionary; found 16 (int)" in message
     assert "`bf16`: expected a valid boolean; found 1 (int)" in message
+
+
+def test_the_old_place_of_lora_plus_ratio_names_the_new_one(write):
+    path = write("model: m\ndata: d\nlr_ratio: derived\n")
+    with pytest.raises(RecipeError) as caught:
+        recipes.load(path)
+    assert str(caught.value) == (
+        f"{path}: `lr_ratio` is an option of the optimizer lora-plus; "
+        "write `optimizer: {name: lora-plus, ratio: derived}`."
+    )
 
 
 def test_a_key_given_twice_is_refused_with_its_line(write):

@@ -1,21 +1,35 @@
-"""Optimizers that know of the pair: LoRA+ parameter groups, LoRA-Pro. One line a method in the table."""
+"""Optimizers that know of the pair: LoRA+ parameter groups, LoRA-Pro. One file a method, one row in the table.
 
-from rankwise.optim import lora_plus, lora_pro
-from rankwise.optim.lora_plus import derived_ratio, param_groups
-from rankwise.optim.lora_pro import LoraPro
-from rankwise.optim.table import OPTIMIZERS, AdamWChoice, LoraPlusChoice, LoraProChoice, OptimizerChoice
-from rankwise.variants.rank_allocator import RankAllocator
+A row makes the optimizer's options as plain values; called with a model they build the optimizer.
+"""
 
-__all__ = [
-    "OPTIMIZERS",
-    "AdamWChoice",
-    "LoraPlusChoice",
-    "LoraPro",
-    "LoraProChoice",
-    "OptimizerChoice",
-    "RankAllocator",
-    "derived_ratio",
-    "lora_plus",
-    "lora_pro",
-    "param_groups",
-]
+from rankwise.methods import Method, lazy_attributes
+
+OPTIMIZERS: dict[str, Method] = {
+    "adamw": Method(
+        "rankwise.optim.lora_plus:AdamWChoice", "arXiv 1711.05101", "torch's AdamW on the pairs: the default"
+    ),
+    "lora-plus": Method(
+        "rankwise.optim.lora_plus:LoraPlusChoice",
+        "arXiv 2402.12354",
+        "AdamW with a larger learning rate for B than for A",
+    ),
+    "lora-pro": Method(
+        "rankwise.optim.lora_pro:LoraProChoice",
+        "arXiv 2407.18242",
+        "moves the pair so that the weight moves as full fine-tuning would move it",
+    ),
+}
+
+__getattr__ = lazy_attributes(
+    __name__,
+    OPTIMIZERS,
+    {
+        "LoraPro": "rankwise.optim.lora_pro:LoraPro",
+        "OptimizerChoice": "rankwise.optim.choice:OptimizerChoice",
+        "PairOptimizer": "rankwise.optim.pair_optimizer:PairOptimizer",
+        "RankAllocator": "rankwise.variants.rank_allocator:RankAllocator",
+        "derived_ratio": "rankwise.optim.lora_plus:derived_ratio",
+        "param_groups": "rankwise.optim.lora_plus:param_groups",
+    },
+)

@@ -1,13 +1,15 @@
 """LoRA+: B learns faster than A (Hayou 2024, arXiv 2402.12354). Parameter groups for any torch optimizer."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import nn
 
 from rankwise.adapted.slots import host, slots
 from rankwise.errors import AttachError
 from rankwise.optim.checks import check_number
+from rankwise.optim.choice import GroupsChoice
 from rankwise.variants.base import PairLayer
 
 
@@ -103,3 +105,21 @@ def _ratios(model: nn.Module, lr_ratio: float | str) -> dict[int, float]:
                     derived_ratio(out, into, layer.site.rank) if lr_ratio == "derived" else float(lr_ratio)
                 )
     return ratios
+
+
+@dataclass(frozen=True)
+class AdamWChoice(GroupsChoice):
+    """One learning rate for A and B."""
+
+    def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return param_groups(model, lr, lr_ratio=1, weight_decay=weight_decay)
+
+
+@dataclass(frozen=True)
+class LoraPlusChoice(GroupsChoice):
+    """lr(B) = ratio · lr(A); ``ratio`` a number, or "derived" from each layer's shape."""
+
+    ratio: float | Literal["derived"] = 16.0
+
+    def groups(self, model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return param_groups(model, lr, lr_ratio=self.ratio, weight_decay=weight_decay)

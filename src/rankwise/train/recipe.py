@@ -116,8 +116,8 @@ class AnalysisFields(_Section):
 class OptimizerFields(_Section):
     """Optimizer"""
 
-    lr_ratio: Annotated[float, Field(gt=0)] | Literal["derived"] | None = Field(
-        None, description="LoRA+: learning rate of B over that of A; a number, or derived (one per layer)."
+    optimizer: Method = Field(
+        "adamw", description="Optimizer: a name (see `rankwise methods`) or {name: lora-plus, ratio: 16}."
     )
 
 
@@ -135,9 +135,11 @@ class TrainingFields(_Section):
     warmup_steps: float = Field(0, ge=0, description="Steps of warm-up; below 1, a share of all steps.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay: pulls towards the pretrained model.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient clipping; 0 turns it off.")
-    optim: str = Field("adamw_torch", description="Optimizer, by its transformers name.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="First-moment decay of Adam.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Second-moment decay of Adam.")
+    optim: str = Field(
+        "adamw_torch", description="What steps with optimizer adamw or lora-plus, by its transformers name."
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="First-moment decay of Adam, with adamw or lora-plus.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Second-moment decay of Adam, with adamw or lora-plus.")
     bf16: bool = Field(False, description="bfloat16 mixed precision.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     logging_steps: Positive = Field(10, description="Steps between two logged losses.")
@@ -246,6 +248,9 @@ def _problems(error: ValidationError, sources: Mapping[str, str], source: str) -
 
 def _problem(name: str, items: list[Any], source: str) -> str:
     kind = items[0]["type"]
+    if name == "lr_ratio":
+        option = f"optimizer: {{name: lora-plus, ratio: {items[0]['input']}}}"
+        return f"{source}: `lr_ratio` is an option of the optimizer lora-plus; write `{option}`."
     if kind == "extra_forbidden":
         return f"{source}: `{name}` is not a field of a recipe.{_nearest(name)}"
     if kind == "missing":

@@ -154,8 +154,7 @@ def sample_table(sample: Sample) -> Table:
 
 def methods_tables() -> Iterator[Table]:
     """The tables of methods, as the library holds them."""
-    tables: dict[str, Any] = {"init": INITS, "scaling": SCALINGS, "variant": VARIANTS}
-    tables["optimizer (lora-plus: the field lr_ratio; lora-pro: in Python)"] = OPTIMIZERS
+    tables: dict[str, Any] = {"init": INITS, "scaling": SCALINGS, "variant": VARIANTS, "optimizer": OPTIMIZERS}
     for field, methods in tables.items():
         table = Table("name", "what it does", "paper", title=field, title_justify="left")
         for name, entry in methods.items():

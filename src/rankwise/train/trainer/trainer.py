@@ -22,6 +22,10 @@ import rankwise as rw
 from rankwise.adapted.slots import find_record
 from rankwise.errors import CheckpointError, OutOfMemory, RecipeError, TrainingError
 from rankwise.format.state import load_state, save_state
+from rankwise.methods import name_of, resolve
+from rankwise.optim import OPTIMIZERS
+from rankwise.optim.choice import GroupsChoice, OptimizerChoice
+from rankwise.optim.lora_plus import AdamWChoice
 from rankwise.train.data.preflight import ROW
 from rankwise.train.recipe import Recipe
 from rankwise.train.trainer import checkpoints, exact_resume
@@ -43,6 +47,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *, model: PreTrainedModel, recipe: Recipe, **kwargs: Any) -> None:
         self.recipe = recipe
+        self._optimizer_choice = optimizer_of(recipe)
         self._own_forward = vars(model).get("forward")
         self._base = exact_resume.base_digest(model)  # now, that no adapter changes it
         self._saving_in: str | None = None
@@ -69,19 +74,23 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.model.forward = self._own_forward
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """LoRA+ asks for its own groups; otherwise transformers' are right."""
-        if self.optimizer is None and self.recipe.lr_ratio is not None:
-            args = self.args
-            groups = rw.param_groups(
-                self.model if model is None else model,
-                lr=args.learning_rate,
-                lr_ratio=self.recipe.lr_ratio,
-                weight_decay=args.weight_decay,
-            )
-            cls, options = self.get_optimizer_cls_and_kwargs(args, self.model)
-            self.optimizer = cls(groups, **options)
+        """The recipe's optimizer; parameter groups are stepped by what `optim` names."""
+        if self.optimizer is None:
+            self.optimizer = self._chosen_optimizer(self.model if model is None else model)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
+
+    def _chosen_optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
+        """None for AdamW, whose groups transformers makes itself."""
+        args, choice = self.args, self._optimizer_choice
+        if isinstance(choice, AdamWChoice):
+            return None
+        if isinstance(choice, GroupsChoice):
+            cls, options = self.get_optimizer_cls_and_kwargs(args, model)
+            groups = choice.groups(model, args.learning_rate, args.weight_decay)
+            optimizer: torch.optim.Optimizer = cls(groups, **options)
+            return optimizer
+        return choice(model, args.learning_rate, args.weight_decay)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; memory that runs out is named with the step."""
@@ -236,6 +245,24 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run writes its own card once its results are known."""
+
+
+def optimizer_of(recipe: Recipe) -> OptimizerChoice:
+    """The optimizer that a recipe asks for.
+
+    Raises:
+        SpecError: an unknown name or option. RecipeError: fields that do not go with it.
+    """
+    choice: OptimizerChoice = resolve(OPTIMIZERS, recipe.optimizer, "optimizer")
+    if not isinstance(choice, GroupsChoice):
+        for field in ("optim", "adam_beta1", "adam_beta2"):
+            value, default = getattr(recipe, field), Recipe.model_fields[field].default
+            if value != default:
+                raise RecipeError(
+                    f"`{field}`: goes with the optimizers adamw and lora-plus; with {name_of(OPTIMIZERS, choice)} "
+                    f"expected {default!r}, found {value!r}. Leave it out; options stand in `optimizer` itself."
+                )
+    return choice
 
 
 @contextmanager
