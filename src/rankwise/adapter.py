@@ -1,10 +1,8 @@
 """Adapter: the portable value of a trained adapter, its spec and each site's tensors, without a model."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank
-from rankwise.errors import BrokenFile
+from rankwise.base_probe import PROBED
 from rankwise.layers.kinds import kind_of
 from rankwise.layers.quantised import is_quantised
 from rankwise.shapes import Int
@@ -126,9 +124,6 @@ def base_probes(model: nn.Module, sites: list[str]) -> dict[str, tuple[float, ..
     return {path: probe(model.get_submodule(path)) for path in _spread(sites, 8)}
 
 
-PROBED = 16
-
-
 def probe(layer: Any) -> tuple[float, ...]:
     """16 evenly spaced entries of the base weight; of a quantised one, dequantised."""
     flat = kind_of(layer).weight(layer).flatten() if is_quantised(layer) else layer.weight.detach().flatten()
@@ -142,26 +137,6 @@ def evenly_spaced(count: int, numel: int) -> Int[Tensor, " count"]:
     tensor([       0, 16777216, 33554432])
     """
     return torch.arange(count) * (numel - 1) // (count - 1)
-
-
-def read_probes(where: Path, content: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """The probes that :func:`base_probes` made, out of a file.
-
-    Raises:
-        BrokenFile: they are anything else.
-    """
-    found = content.get("base_probe", {})
-    sound = isinstance(found, dict) and all(
-        isinstance(values, list)
-        and len(values) == PROBED
-        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
-        for values in found.values()
-    )
-    if not sound:
-        raise BrokenFile(
-            f"{where}: expected {PROBED} finite numbers for each module under base_probe; delete the file or save anew"
-        )
-    return {path: tuple(map(float, values)) for path, values in found.items()}
 
 
 def _spread(names: list[str], count: int) -> list[str]:

@@ -4,16 +4,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
-from torch import Tensor
-
-from rankwise.errors import BrokenFile, NonFiniteTensor, RecipeError, UnsafeFile
+from rankwise.errors import BrokenFile, RecipeError, UnsafeFile
 from rankwise.json_object import as_object
 from rankwise.tensor_header import TensorEntry, read_header
 
@@ -49,17 +43,6 @@ def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file; tensors that are tied are written once each."""
-    plain: dict[str, Tensor] = {}
-    places: set[int] = set()
-    for key, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        plain[key] = own.clone() if own.data_ptr() in places else own
-        places.add(plain[key].data_ptr())
-    write_file(path, to_bytes(plain, {"format": "pt", **metadata}))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -122,21 +105,11 @@ def is_pickle(path: Path) -> bool:
     return path.suffix in _PICKLES
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, each finite.
-
-    Raises:
-        BrokenFile: absent, truncated or malformed. UnsafeFile: only a pickle is there, or a link out of the directory.
-        NonFiniteTensor: NaN or infinity.
-    """
-    return dict(each_tensor(path, tensor_entries(path)))
-
-
 def tensor_entries(path: Path) -> dict[str, TensorEntry]:
     """What a safetensors file's header says; no tensor is read.
 
     Raises:
-        BrokenFile, UnsafeFile: see :func:`read_tensors`.
+        BrokenFile: absent, truncated or malformed. UnsafeFile: only a pickle is there, or a link out of the directory.
     """
     if not path.is_file():
         pickles = sorted(found.name for found in path.parent.glob("*") if is_pickle(found))
@@ -151,26 +124,3 @@ def tensor_entries(path: Path) -> dict[str, TensorEntry]:
         return read_header(path)
     except OSError as error:
         raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def each_tensor(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of some of a file's tensors, read one at a time, each finite.
-
-    Raises:
-        BrokenFile: the file is not what its header says. NonFiniteTensor: NaN or infinity.
-    """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as stream:
-            for name in names:
-                tensor = stream.get_tensor(name)
-                if not _is_finite(tensor):
-                    raise NonFiniteTensor(
-                        f"{path}: {name} holds NaN or infinity; expected finite numbers: the run diverged"
-                    )
-                yield name, tensor
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BrokenFile(f"{path}: not a whole safetensors file ({error}): fetch it again") from None
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())

@@ -10,11 +10,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from rankwise.errors import TargetError
+
+T = TypeVar("T")
 
 SECONDS = 2.0
 _CLOCK_SECONDS = 20.0  # where the computing time cannot be limited, or the machine is very busy
@@ -51,6 +54,19 @@ def matching_ends(field: str, keys: Iterable[str], names: Sequence[str]) -> dict
     return found | _run(field, {key: rf"(.*\.)?({key})" for key in keys if key not in plain}, names)
 
 
+def pattern_values(field: str, pattern: Mapping[str, T], names: Sequence[str], default: T) -> dict[str, T]:
+    """Module path → the value of the first key that matches its end, as PEFT matches it.
+
+    Raises:
+        TargetError: a key is no regular expression, or takes too long.
+    """
+    values = dict.fromkeys(names, default)
+    found = matching_ends(field, pattern, names)
+    for key in reversed(list(pattern)):  # the first one has the last word
+        values |= dict.fromkeys(found[key], pattern[key])
+    return values
+
+
 def check_expressions(field: str, expressions: Iterable[str]) -> None:
     """Refuse what is no regular expression.
 
@@ -73,6 +89,19 @@ def ends_of(name: str) -> list[str]:
     """``a.b.c`` → c, b.c, a.b.c."""
     parts = name.split(".")
     return [".".join(parts[first:]) for first in range(len(parts) - 1, -1, -1)]
+
+
+def keys_under(kept: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The module paths (or tensors' names) that are, or lie below, a module that one of some suffixes names."""
+    wanted = set(kept)
+    lengths = {keep.count(".") + 1 for keep in wanted}
+    return [path for path in paths if any(run in wanted for length in lengths for run in _runs(path, length))]
+
+
+def _runs(path: str, length: int) -> Iterator[str]:
+    """Parts of a path that follow each other; of ``a.b.c`` with length 2: a.b, b.c."""
+    parts = path.split(".")
+    return (".".join(parts[first : first + length]) for first in range(len(parts) - length + 1))
 
 
 def _ending(end: str, by_end: dict[str, set[str]]) -> set[str]:

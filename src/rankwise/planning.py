@@ -1,6 +1,6 @@
 """plan: which modules a spec adapts, with which rank and scale. Pure: nothing is changed."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
@@ -9,7 +9,7 @@ from rankwise.errors import TargetError
 from rankwise.inits.base import Init
 from rankwise.layers.kinds import EmbeddingKind, kind_of, kind_or_none
 from rankwise.methods import nearest
-from rankwise.patterns import matching, matching_ends, names_by_end
+from rankwise.patterns import keys_under, matching, matching_ends, names_by_end, pattern_values
 from rankwise.sites import SAVED, SLOT, Site
 from rankwise.spec import LoRA
 from rankwise.variants.base import Variant
@@ -74,19 +74,6 @@ def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> S
     if spec.variant.takes_start:
         spec.init.check(spec.variant.starting(site))
     return site
-
-
-def pattern_values(field: str, pattern: Mapping[str, T], names: Sequence[str], default: T) -> dict[str, T]:
-    """Module path → the value of the first key that matches its end, as PEFT matches it.
-
-    Raises:
-        TargetError: a key is no regular expression, or takes too long.
-    """
-    values = dict.fromkeys(names, default)
-    found = matching_ends(field, pattern, names)
-    for key in reversed(list(pattern)):  # the first one has the last word
-        values |= dict.fromkeys(found[key], pattern[key])
-    return values
 
 
 def target_layers(
@@ -163,19 +150,6 @@ def _output_heads(model: nn.Module) -> set[int]:
     heads = {id(m.get_output_embeddings()) for m in model.modules() if isinstance(m, _HasOutputHead)}
     tables = {id(m.weight) for m in model.modules() if isinstance(kind_or_none(m), EmbeddingKind)}
     return heads | {id(m) for m in model.modules() if _is_linear(m) and id(m.weight) in tables}
-
-
-def keys_under(kept: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The module paths (or tensors' names) that are, or lie below, a module that one of some suffixes names."""
-    wanted = set(kept)
-    lengths = {keep.count(".") + 1 for keep in wanted}
-    return [path for path in paths if any(run in wanted for length in lengths for run in _runs(path, length))]
-
-
-def _runs(path: str, length: int) -> Iterator[str]:
-    """Parts of a path that follow each other; of ``a.b.c`` with length 2: a.b, b.c."""
-    parts = path.split(".")
-    return (".".join(parts[first : first + length]) for first in range(len(parts) - length + 1))
 
 
 def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:

@@ -4,14 +4,14 @@ Importing this module needs no torch: a recipe's schema and its errors are made 
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.errors import SpecError, TargetError
 from rankwise.inits import INITS
-from rankwise.methods import as_plain, name_of, nearest, resolve
+from rankwise.methods import as_plain, name_of, nearest, resolve, row
 from rankwise.patterns import check_expressions
 from rankwise.scaling import SCALINGS, Scaling
 from rankwise.variants import VARIANTS
@@ -85,19 +85,10 @@ class LoRA:
     seed: int = field(default=0, metadata={"help": "Seed of the initialisation, the data order and dropout."})
 
     def __post_init__(self) -> None:
-        _check_rank("rank", self.rank)
-        _check_alpha("alpha", self.alpha)
-        self._freeze("target_modules", _names("target_modules", self.target_modules))
-        self._freeze("exclude_modules", _names("exclude_modules", self.exclude_modules))
-        kept = (self.modules_to_save,) if isinstance(self.modules_to_save, str) else self.modules_to_save
-        self._freeze("modules_to_save", _names("modules_to_save", kept))
-        self._freeze("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
-        self._freeze("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
+        for f in fields(self):
+            self._freeze(f.name, checked(f.name, getattr(self, f.name)))
         for name, table in METHOD_FIELDS.items():
             self._freeze(name, resolve(table, getattr(self, name), name))
-        _check_choice("anchor", self.anchor, ("frozen", "fold"))
-        _check_dropout(self.dropout)
-        _check_seed(self.seed)
         self._check_variant()
 
     def _freeze(self, name: str, value: object) -> None:
@@ -125,14 +116,8 @@ class LoRA:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON, YAML) from which :meth:`from_dict` makes an equal spec."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, table in METHOD_FIELDS.items():
-            plain[name] = as_plain(table, plain[name])
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            plain[name] = plain[name] if isinstance(plain[name], str) else list(plain[name])
-        for name in ("rank_pattern", "alpha_pattern"):
-            plain[name] = dict(plain[name])
-        return plain
+        methods = {name: as_plain(table, getattr(self, name)) for name, table in METHOD_FIELDS.items()}
+        return plain_fields({f.name: getattr(self, f.name) for f in fields(self)} | methods)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "LoRA":
@@ -164,6 +149,18 @@ def default_of(spec_field: "Field[Any]") -> Any:
     return spec_field.default if spec_field.default_factory is MISSING else spec_field.default_factory()
 
 
+def plain_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a spec, its methods by name, as plain data; those that are left out at their defaults."""
+    plain = {f.name: values.get(f.name, default_of(f)) for f in fields(LoRA)}
+    return {name: _plain(value) for name, value in plain.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
 def Bottleneck(
     target_modules: str | Sequence[str],
     width: int = 64,
@@ -187,9 +184,8 @@ def Bottleneck(
     Raises:
         SpecError: a field is out of range, unknown, or of the wrong type.
     """
-    _check_rank("width", width)
     return LoRA(
-        rank=width,
+        rank=_rank("width", width),
         alpha=width,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
@@ -199,34 +195,59 @@ def Bottleneck(
     )
 
 
+def checked(name: str, value: Any) -> Any:
+    """The value of a field of :class:`LoRA`, made unchangeable; of one that names a method, the name alone is checked.
+
+    Imports no method.
+
+    Raises:
+        SpecError: it is out of range, unknown, or of the wrong type.
+    """
+    return _CHECKS[name](name, value)
+
+
 def _is_number(value: object) -> bool:
     # A bool is no number here, and an integer may be too large to be compared as a float.
     return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
 
 
-def _check_rank(name: str, value: object) -> None:
+def _rank(name: str, value: Any) -> int:
     if type(value) is not int or value <= 0:
         raise SpecError(f"{name} must be a positive integer, found {value!r}")
+    return value
 
 
-def _check_alpha(name: str, value: object) -> None:
-    if not _is_number(value) or value <= 0:  # type: ignore[operator]
+def _alpha(name: str, value: Any) -> float:
+    if not _is_number(value) or value <= 0:
         raise SpecError(f"{name} must be a positive finite number, found {value!r}")
+    return value  # type: ignore[no-any-return]
 
 
-def _check_dropout(value: Any) -> None:
+def _dropout(name: str, value: Any) -> float:
     if not _is_number(value) or not 0.0 <= value < 1.0:
-        raise SpecError(f"dropout must be at least 0 and below 1, found {value!r}")
+        raise SpecError(f"{name} must be at least 0 and below 1, found {value!r}")
+    return value  # type: ignore[no-any-return]
 
 
-def _check_seed(value: object) -> None:
+def _seed(name: str, value: Any) -> int:
     if type(value) is not int:
-        raise SpecError(f"seed must be an integer, found {value!r}")
+        raise SpecError(f"{name} must be an integer, found {value!r}")
+    return value
 
 
-def _check_choice(name: str, value: object, known: Any) -> None:
-    if not isinstance(value, str) or value not in known:
+def _anchor(name: str, value: Any) -> str:
+    known = ("frozen", "fold")
+    if value not in known:
         raise SpecError(f"{name} must be one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}")
+    return value  # type: ignore[no-any-return]
+
+
+def _method(name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        row(METHOD_FIELDS[name], value, name)
+    elif isinstance(value, Mapping):
+        row(METHOD_FIELDS[name], value.get("name"), name)
+    return value
 
 
 def _names(field_name: str, value: Any) -> str | tuple[str, ...]:
@@ -254,3 +275,24 @@ def _pattern(field_name: str, value: Any, check: Any) -> Mapping[str, Any]:
     except TargetError as error:
         raise SpecError(str(error)) from None
     return MappingProxyType(dict(value))
+
+
+def _name_or_names(field_name: str, value: Any) -> str | tuple[str, ...]:
+    return _names(field_name, (value,) if isinstance(value, str) else value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "rank": _rank,
+    "alpha": _alpha,
+    "target_modules": _names,
+    "exclude_modules": _names,
+    "init": _method,
+    "scaling": _method,
+    "variant": _method,
+    "dropout": _dropout,
+    "rank_pattern": lambda name, value: _pattern(name, value, _rank),
+    "alpha_pattern": lambda name, value: _pattern(name, value, _alpha),
+    "modules_to_save": _name_or_names,
+    "anchor": _anchor,
+    "seed": _seed,
+}

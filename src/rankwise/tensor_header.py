@@ -70,8 +70,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         stream.seek(8)
         text = stream.read(length)
     content = as_object(f"{path}: header", text)
-    content.pop("__metadata__", None)  # safetensors itself checks that
+    metadata = content.pop("__metadata__", {})
     entries = {name: _entry(path, name, found) for name, found in content.items()}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BrokenFile(f"{path}: header: __metadata__ is {_short(metadata)}; expected text for each key")
     _check_places(path, entries, size - 8 - length)
     return entries
 

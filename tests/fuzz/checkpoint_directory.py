@@ -6,7 +6,8 @@ import torch
 from zoo import perturb, zoo_and_inputs
 
 import rankwise as rw
-from rankwise.files import write_json, write_tensors
+from rankwise.files import write_json
+from rankwise.tensor_files import write_tensors
 
 NAMES = ("adapter_config.json", "adapter_model.safetensors", "rankwise.json")
 _BETWEEN = b"\n--\xff--\n"  # UTF-8 has no such byte, so JSON has none either; what follows the second is one file

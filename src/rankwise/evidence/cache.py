@@ -14,7 +14,7 @@ from rankwise.errors import BrokenFile, EvidenceError
 from rankwise.evidence.exact import ExactGradient
 from rankwise.evidence.processes import everyones, process_number
 from rankwise.evidence.sketch import SketchedGradient
-from rankwise.files import read_tensors, write_tensors
+from rankwise.tensor_files import read_tensors, write_tensors
 
 Gradients = Mapping[str, ExactGradient] | Mapping[str, SketchedGradient]
 Fingerprint = dict[str, str]

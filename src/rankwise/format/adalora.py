@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from rankwise.errors import MissingTensor, ShapeMismatch, SpecError
+from rankwise.format.names import PREFIX
 
 LAMBDA = ".lora_E"
 
@@ -21,13 +19,13 @@ LAMBDA = ".lora_E"
 def site_and_suffix(key: str) -> tuple[str, str] | None:
     """Module path and kind of tensor that a name in AdaLoRA's file tells of; None where it is no site's."""
     path, _, suffix = key.rpartition(".")
-    return (path.removeprefix("base_model.model."), suffix) if suffix in ("lora_A", "lora_B", "lora_E") else None
+    return (path.removeprefix(PREFIX), suffix) if suffix in ("lora_A", "lora_B", "lora_E") else None
 
 
 def as_lora(
-    where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors of the plain LoRA adapter: B diag(λ)·scale and A, alpha = r.
+    where: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and tensors (or arrays) of the plain LoRA adapter: B diag(λ)·scale and A, alpha = r.
 
     Raises:
         SpecError: init_r or lora_alpha is not a positive number.
@@ -44,22 +42,21 @@ def as_lora(
             path = key.removesuffix(LAMBDA)
             A, B = _pair(where, path, tensors, scale)
             rest |= {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
-            ranks[f"^{re.escape(path.removeprefix('base_model.model.'))}"] = A.shape[0]
+            ranks[f"^{re.escape(path.removeprefix(PREFIX))}"] = A.shape[0]
     plain = {"peft_type": "LORA", "use_rslora": False, "rank_pattern": ranks, "alpha_pattern": dict(ranks)}
     return {**config, **plain}, rest
 
 
-def _pair(where: Path, path: str, tensors: Mapping[str, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    found = [tensors.get(f"{path}.{name}") for name in ("lora_A", "lora_B", "lora_E")]
-    A, B, E = found
+def _pair(where: Path, path: str, tensors: Mapping[str, Any], scale: float) -> tuple[Any, Any]:
+    A, B, E = (tensors.get(f"{path}.{name}") for name in ("lora_A", "lora_B", "lora_E"))
     if A is None or B is None or E is None:
         raise MissingTensor(f"{where}: {path} lacks one of lora_A, lora_B, lora_E; expected all three of AdaLoRA")
-    if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] == E.numel():
+    if len(A.shape) != 2 or len(B.shape) != 2 or not A.shape[0] == B.shape[1] == math.prod(E.shape):
         raise ShapeMismatch(
             f"{where}: {path}: lora_A {tuple(A.shape)}, lora_E {tuple(E.shape)} and lora_B {tuple(B.shape)}; "
             f"expected (r, in), (r, 1) and (out, r)"
         )
     B = B * (E.flatten() * scale)
     if A.shape[0] == 0:  # nothing was left here; a pair of zeros says so
-        return A.new_zeros(1, A.shape[1]), torch.zeros(B.shape[0], 1, dtype=B.dtype)
+        return A.sum(0)[None], B.sum(1)[:, None]
     return A, B

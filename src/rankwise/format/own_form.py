@@ -11,28 +11,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapter import read_probes
 from rankwise.algebra.precision import at_least_fp32
+from rankwise.base_probe import read_probes
 from rankwise.errors import BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, SpecError, UnexpectedTensor
-from rankwise.files import read_json, read_tensors, write_json, write_tensors
+from rankwise.files import read_json, write_json
 from rankwise.format.base_layers import base_layer
-from rankwise.format.peft import CONFIG, TENSORS
+from rankwise.format.names import CONFIG, OWN, TENSORS
 from rankwise.layers.kinds import kind_of
 from rankwise.methods import name_of
 from rankwise.sites import Site, Start, site_generator
 from rankwise.spec import LoRA
+from rankwise.tensor_files import read_tensors, write_tensors
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import AdapterLayer, Variant
 
 T = TypeVar("T")
 
-PREFIX = "RANKWISE_"
 WHOLE = "modules_to_save."  # stands before the names of tensors that modules trained whole have
-
-
-def is_own(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is that of such a directory."""
-    return str(config.get("peft_type")).startswith(PREFIX)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +62,7 @@ def write_own_form(adapter: OwnAdapter, directory: str | Path) -> None:
             raise NonFiniteTensor(f"{key} holds NaN or infinity, so {folder} was not written; the training diverged")
     write_tensors(folder / TENSORS, tensors, {})
     content = {
-        "peft_type": PREFIX + name_of(VARIANTS, adapter.spec.variant).upper(),
+        "peft_type": OWN + name_of(VARIANTS, adapter.spec.variant).upper(),
         "spec": adapter.spec.to_dict(),
         "sites": [asdict(layer.site) for layer in adapter.layers.values()],
         "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},

@@ -15,13 +15,15 @@ from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
 from rankwise.format.base_layers import base_layer
-from rankwise.format.own_form import OwnAdapter, is_own, read_own_form, write_own_form
-from rankwise.format.peft import BASE_COPY, CONFIG, TENSORS, read_adapter, write_adapter
+from rankwise.format.configuration import is_own
+from rankwise.format.names import BASE_COPY, CONFIG, TENSORS
+from rankwise.format.own_form import OwnAdapter, read_own_form, write_own_form
+from rankwise.format.peft import read_adapter, write_adapter
 from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantised
 from rankwise.methods import name_of
-from rankwise.patterns import ends_of
-from rankwise.planning import keys_under, modules_saved_whole
+from rankwise.patterns import ends_of, keys_under
+from rankwise.planning import modules_saved_whole
 from rankwise.sites import SAVED, Site
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import FoldableLayer, PairVariant

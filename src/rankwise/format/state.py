@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.adapted.slots import adapter_layers, adapter_name, host
 from rankwise.adapted.whole_modules import copied_values
 from rankwise.errors import MissingTensor, ShapeMismatch, SpecMismatch, UnexpectedTensor
-from rankwise.files import read_tensors, write_tensors
+from rankwise.tensor_files import read_tensors, write_tensors
 
 STATE = "rankwise_state.safetensors"
 

@@ -1,39 +1,30 @@
 """inspect: what is in an adapter directory, without a model, and without trusting any of it.
 
-The header is read before any tensor, then one site's tensors at a time, by the code that :func:`load` runs. What it
-would refuse is a problem in the report, never an exception.
+The header is read before any tensor, then one site's tensors at a time, under the rules that :func:`load` has. What it
+would refuse is a problem in the report, never an exception. Nothing here needs torch, unless an adapter is of a kind
+that only its variant's own file can tell of.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rankwise.adapter import SiteAdapter, read_probes
+from rankwise.base_probe import read_probes
 from rankwise.errors import BrokenFile, MissingTensor, RankwiseError, SpecError, UnsafeFile
-from rankwise.files import check_stays_inside, each_tensor, is_pickle, read_json, tensor_entries
+from rankwise.files import check_stays_inside, is_pickle, read_json, tensor_entries
 from rankwise.format import adalora
-from rankwise.format.own_form import PREFIX as OWN
-from rankwise.format.own_form import configured, is_own, states_by_site
-from rankwise.format.peft import (
-    CONFIG,
-    EXTRA,
-    PREFIX,
-    TENSORS,
-    by_site,
-    check_extra,
-    check_supported,
-    ranks_and_alphas,
-    read_site,
-    site_and_suffix,
-    spec_of,
-    stray,
-)
+from rankwise.format.configuration import check_extra, check_supported, is_own, ranks_and_alphas, stated_fields
+from rankwise.format.layout import by_site, check_beside, check_pair, pair_names, shared_A, stray
+from rankwise.format.names import CONFIG, EMBEDDING_PAIR, EXTRA, OWN, PREFIX, TENSORS, site_and_suffix
+from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import Traits, Verdict, verdicts
-from rankwise.planning import keys_under
-from rankwise.spec import LoRA
+from rankwise.patterns import keys_under
+from rankwise.scaling import declared
+from rankwise.spec import plain_fields
 from rankwise.tensor_header import TensorEntry
 
 T = TypeVar("T")
@@ -123,17 +114,18 @@ def inspect(directory: str | Path) -> Inspection:
     config = problems.catch(lambda: read_json(folder / CONFIG)) or {}
     header = problems.catch(lambda: tensor_entries(folder / TENSORS))
     entries = header or {}
-    spec = None
+    fields: dict[str, Any] | None = None
     whole: list[str] = []
     sites: list[SiteFacts] = []
     if is_own(config):
         sites = list(_own_sites(folder, config, entries, problems))
     elif config:
-        spec = problems.catch(lambda: _spec(folder / CONFIG, config))
-    if spec is not None and header is not None:
-        whole = keys_under(spec.modules_to_save, entries)
-        problems.catch(lambda: _check_finite(folder / TENSORS, whole))
-        sites = list(_sites(folder, config, spec, _without(entries, whole), problems))
+        fields = problems.catch(lambda: _fields(folder / CONFIG, config))
+    if fields is not None and header is not None:
+        whole = keys_under(fields["modules_to_save"], entries)
+        with opened(folder / TENSORS, entries) as file:
+            problems.catch(lambda: file.check_finite(whole))
+            sites = list(_sites(folder, config, fields, _without(entries, whole), file, problems))
     replaced = tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in whole))
     if replaced:
         notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
@@ -143,14 +135,14 @@ def inspect(directory: str | Path) -> Inspection:
         files,
         _text(config.get("peft_type")),
         _text(config.get("base_model_name_or_path")),
-        spec.to_dict() if spec else None,
+        None if fields is None else plain_fields(fields),
         tuple(sites),
         replaced,
         sum(entry.numbers for entry in entries.values()),
         _numbers_by_dtype(entries),
         tuple(notes),
         problems.listed(),
-        () if problems.found else verdicts(_traits(config, spec, sites, replaced)),
+        () if problems.found else verdicts(_traits(config, sites, replaced)),
     )
 
 
@@ -204,11 +196,11 @@ def _file(path: Path, notes: list[str]) -> FileFacts:
     return FileFacts(path.name, size, None)
 
 
-def _spec(where: Path, config: Mapping[str, Any]) -> LoRA:
+def _fields(where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     check_supported(where, config)
     if config["peft_type"] == "ADALORA":  # whose rank_pattern lists which directions were kept
         config = {**config, "rank_pattern": {}}
-    return spec_of(where, config)
+    return stated_fields(where, config)
 
 
 def _without(entries: Mapping[str, TensorEntry], left_out: Iterable[str]) -> dict[str, TensorEntry]:
@@ -217,7 +209,12 @@ def _without(entries: Mapping[str, TensorEntry], left_out: Iterable[str]) -> dic
 
 
 def _sites(
-    folder: Path, config: Mapping[str, Any], spec: LoRA, entries: Mapping[str, TensorEntry], problems: _Problems
+    folder: Path,
+    config: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    entries: Mapping[str, TensorEntry],
+    file: TensorFile,
+    problems: _Problems,
 ) -> Iterator[SiteFacts]:
     """The sites that are sound, each read by itself."""
     where = folder / TENSORS
@@ -225,64 +222,75 @@ def _sites(
     place = adalora.site_and_suffix if is_adalora else site_and_suffix
     keys: dict[str, list[str]] = {}
     for key, entry in entries.items():
-        found = place(key)
-        if found is None:
-            problems.found.append(f"UnexpectedTensor: {stray(where, key, entry.shape)}")
+        path_and_suffix = place(key)
+        if path_and_suffix is None:
+            problems.found.append(f"UnexpectedTensor: {stray(where, key, entry)}")
         else:
-            keys.setdefault(found[0], []).append(key)
+            keys.setdefault(path_and_suffix[0], []).append(key)
     if not keys:
         problems.found.append(f"MissingTensor: {where}: holds no pair of tensors")
         return
-    given = None if is_adalora else problems.catch(lambda: ranks_and_alphas(folder / CONFIG, spec, list(keys)))
-    for path, own in keys.items():
-        site = problems.catch(lambda path=path, own=own: _site(folder, config, spec, path, own, given))  # type: ignore[misc]
+    given = None if is_adalora else problems.catch(lambda: ranks_and_alphas(folder / CONFIG, fields, list(keys)))
+    for path, names in keys.items():
+        dtype = ", ".join(sorted({entries[name].dtype for name in names}))
+        read = partial(_site, folder, config, fields, path, names, file, given, dtype)
+        site = problems.catch(read)
         if site is not None:
-            dtype = ", ".join(sorted({entries[key].dtype for key in own}))
-            out, into = site.delta.shape
-            change = float(site.delta.norm())
-            size = change if math.isfinite(change) else None
-            yield SiteFacts(path, site.kind, (out, into), site.delta.rank, site.delta.scale, dtype, size)
+            yield site
 
 
 def _site(
     folder: Path,
     config: Mapping[str, Any],
-    spec: LoRA,
+    fields: Mapping[str, Any],
     path: str,
-    keys: list[str],
+    names: list[str],
+    file: TensorFile,
     given: tuple[dict[str, int], dict[str, float]] | None,
-) -> SiteAdapter:
+    dtype: str,
+) -> SiteFacts:
     where = folder / TENSORS
-    tensors = dict(each_tensor(where, keys))
+    tensors = {name: file.array(name) for name in names}
     if config["peft_type"] == "ADALORA":
         plain, tensors = adalora.as_lora(folder, config, tensors)
-        spec = spec_of(folder / CONFIG, plain)
-        given = ranks_and_alphas(folder / CONFIG, spec, [path])
+        fields = stated_fields(folder / CONFIG, plain)
+        given = ranks_and_alphas(folder / CONFIG, fields, [path])
     if given is None:
         raise SpecError(f"{where}: {path}: its rank is not known")
-    found = by_site(where, tensors)[path]
-    return read_site(where, path, found, spec, given[0][path], given[1][path])
+    rank, alpha = given[0][path], given[1][path]
+    parts = by_site(where, tensors)[path]
+    pair = pair_names(where, path, parts)
+    A, B = (parts.pop(name) for name in pair)
+    check_beside(where, path, parts, fields["variant"])
+    check_pair(where, path, (A.shape, B.shape), (str(A.dtype), str(B.dtype)), rank)
+    groups = rank // B.shape[1]  # a grouped convolution's B has rank/groups columns
+    A, B = shared_A(where, path, A, groups), B.reshape(len(B), -1)
+    kind = "embedding" if pair == EMBEDDING_PAIR else "conv2d" if A.ndim == 4 else "linear"
+    A = A.reshape(len(A), -1)
+    scale = declared(fields["scaling"] == "rslora")(alpha, rank)
+    norm = low_rank_norm(B, A, scale)
+    change = norm if math.isfinite(norm) else None
+    return SiteFacts(path, kind, (len(B), A.shape[1]), len(A), scale, dtype, change)
 
 
 def _own_sites(
     folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], problems: _Problems
 ) -> Iterator[SiteFacts]:
     """The sites of a directory that rankwise alone reads."""
+    from rankwise.format.own_form import configured, states_by_site  # a method's own file, which needs torch
+
     spec_and_sites = problems.catch(lambda: configured(folder / CONFIG, config))
     if spec_and_sites is None:
         return
     _, sites = spec_and_sites
     states = problems.catch(lambda: states_by_site(folder / TENSORS, entries, sites)) or {}
-    problems.catch(lambda: _check_finite(folder / TENSORS, entries))
+    if entries:
+        with opened(folder / TENSORS, entries) as file:
+            problems.catch(lambda: file.check_finite(entries))
     variant = str(config["peft_type"]).removeprefix(OWN).lower()
     for path, state in states.items():
         site, dtype = sites[path], ", ".join(sorted({entry.dtype for entry in state.values()}))
         yield SiteFacts(path, variant, site.shape, site.rank, site.scale, dtype, None)
-
-
-def _check_finite(where: Path, names: Iterable[str]) -> None:
-    for _ in each_tensor(where, names):
-        pass
 
 
 def _check_own_file(folder: Path, config: Mapping[str, Any], sites: set[str]) -> None:
@@ -299,7 +307,7 @@ def _check_own_file(folder: Path, config: Mapping[str, Any], sites: set[str]) ->
             raise MissingTensor(f"{folder / TENSORS}: no sound pair for {missing[0]}, which {EXTRA} lists")
 
 
-def _traits(config: Mapping[str, Any], spec: LoRA | None, sites: list[SiteFacts], replaced: tuple[str, ...]) -> Traits:
+def _traits(config: Mapping[str, Any], sites: list[SiteFacts], replaced: tuple[str, ...]) -> Traits:
     return Traits(
         str(config.get("peft_type")),
         _text(config.get("base_model_name_or_path")) or "",

@@ -13,7 +13,8 @@ import rankwise as rw
 from rankwise.adapter import Adapter
 from rankwise.errors import BrokenFile, RecipeError
 from rankwise.files import read_json, sha256
-from rankwise.format.peft import TENSORS, read_adapter
+from rankwise.format.names import TENSORS
+from rankwise.format.peft import read_adapter
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Report
 from rankwise.train.model.generation import before_and_after, refuse_classifier
