@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankwise as rw
+from rankwise.methods import resolve
+from rankwise.optim import OPTIMIZERS
 
 RANK = 2
 
@@ -161,27 +163,29 @@ def check_gradients_of_a_sharded_model(rank: int) -> None:
 
 
 def check_sharded_training(rank: int) -> None:
-    """Adapter and base sharded: the losses of one process that sees both processes' batches."""
-    spec = rw.LoRA(rank=RANK, init="lora-ga")
+    """Adapter and base sharded: the losses of one process that sees both processes' batches, with every optimizer."""
     evidence = {name: rw.evidence.ExactGradient(G) for name, G in expected().items()}
-    alone, shared = (rw.attach(llama(), spec, evidence=evidence) for _ in range(2))
-    sharded(shared)
-    losses: dict[str, list[float]] = {"alone": [], "sharded": []}
-    one, two = batches()[:2]
-    for name, model, data in (("alone", alone, [one, two]), ("sharded", shared, [(one, two)[rank]])):
-        optimizer = torch.optim.AdamW(rw.trainable_parameters(model), lr=1e-2)
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = sum(model(**batch).loss for batch in data) / len(data)
-            loss.backward()
-            optimizer.step()
-            mean = loss.detach().clone()
-            if name == "sharded":
-                dist.all_reduce(mean)
-                mean /= 2
-            losses[name].append(float(mean))
-    assert losses["alone"][-1] < losses["alone"][0]
-    torch.testing.assert_close(torch.tensor(losses["sharded"]), torch.tensor(losses["alone"]), rtol=1e-5, atol=1e-7)
+    for optimizer in OPTIMIZERS:
+        alone, shared = (rw.attach(llama(), rw.LoRA(rank=RANK, init="lora-ga"), evidence=evidence) for _ in range(2))
+        sharded(shared)
+        truth = losses_of(alone, optimizer, batches()[:2])
+        mine = losses_of(shared, optimizer, [batches()[rank]])
+        dist.all_reduce(mine)
+        assert truth[-1] < truth[0]
+        torch.testing.assert_close(mine / 2, truth, rtol=1e-5, atol=1e-7)
+
+
+def losses_of(model: nn.Module, optimizer: str, data: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Those of three steps."""
+    stepper = resolve(OPTIMIZERS, optimizer, "optimizer")(model, lr=1e-2)
+    losses = []
+    for _ in range(3):
+        stepper.zero_grad()
+        loss = sum(model(**batch).loss for batch in data) / len(data)
+        loss.backward()
+        stepper.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
 CHECKS = [

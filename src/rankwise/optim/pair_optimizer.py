@@ -9,6 +9,7 @@ or finer. ``state`` is a dict, empty before the first step, which the function f
 and with tensors [*n, ...]. Each trained tensor p then moves as p ← (1 − lr·weight_decay) p − lr·direction.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, TypeVar
@@ -217,19 +218,19 @@ class PairOptimizer(torch.optim.Optimizer):
         """``given`` has every trained tensor of the pairs' layers, and has it once."""
         if not self.pairs:
             raise SpecError("pairs: expected at least one, as rankwise.pairs(model) gives them, found none")
-        once = {id(p) for p in given}
-        if len(once) != len(given):
-            raise SpecError("pairs, others: a tensor is given twice; expected every one once")
+        times = Counter(map(id, given))
         for pair in self.pairs:
             if not isinstance(pair.layer, LoraLayer):
                 raise SpecError(
                     f"{pair.name}: {type(self).__name__} moves s·BA; expected the variant 'lora' or 'dora', "
                     f"found a {type(pair.layer).__name__}; train it with AdamW"
                 )
+            if any(times[id(p)] > 1 for p in pair.parameters):
+                raise SpecError(f"{pair.name}: given twice; expected every pair once, and neither half in others=")
             if not all(p.requires_grad for p in pair.parameters):
                 raise SpecError(f"{pair.name}: expected both halves of the pair to be trainable, found a frozen one")
             for name, parameter in pair.layer.named_parameters():
-                if parameter.requires_grad and id(parameter) not in once:
+                if parameter.requires_grad and id(parameter) not in times:
                     raise SpecError(
                         f"{pair.name}: its trainable {name!r} is in no pair and would never be stepped; "
                         f"pass it in others=, or use {type(self).__name__}.for_model(model, ...)"
