@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from rankwise.attach import Pair
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankwise.attach import Pair
 from rankwise.errors import RecipeError, SpecError
 from rankwise.methods import Entry
 from rankwise.optim import OPTIMIZERS, PairOptimizer
