@@ -24,5 +24,6 @@ def adam(gradient: Tensor, state: State, name: str, betas: tuple[float, float], 
     square: Tensor = state.setdefault(f"{name}_square", torch.zeros_like(gradient))
     mean.lerp_(gradient, 1 - betas[0])
     square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    correction_mean, correction_square = (1 - beta ** state["step"] for beta in betas)
-    return (mean / correction_mean) / ((square / correction_square).sqrt() + eps)
+    step: int = state["step"]
+    size = (square / (1 - betas[1] ** step)).sqrt()
+    return mean / (1 - betas[0] ** step) / (size + eps)
