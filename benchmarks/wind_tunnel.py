@@ -1,0 +1,396 @@
+"""A wind tunnel for methods of fine-tuning: a byte model of 0.9 M parameters, ten seconds a run, every rate tuned.
+
+The model is pre-trained on the World English Bible and fine-tuned on Python's standard library, 80 steps of 8 × 96 bytes,
+all linear layers. Each method's rate is found by bracketing on its own ladder of factors of two, on the validation part
+with seed 0; then it runs at that rate with three seeds, and the loss on the test part is reported. The parts are whole
+files. All rates decay linearly to zero.
+
+    python benchmarks/wind_tunnel.py                                    # all that is not in the results yet
+    python benchmarks/wind_tunnel.py --methods spectral polora --ranks 4 16 --seeds 0 1 2
+    python benchmarks/wind_tunnel.py --methods spectral --shorter       # steps to LoRA's loss, on schedules of their own
+
+A new method is one row of METHODS. Runs are kept in results/wind_tunnel.json, pre-trained weights in build/.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import statistics
+import sysconfig
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rankwise as rw
+from rankwise.optim import loft, lora_muon, polora, scaled_adam, spectral
+
+RESULTS = Path(__file__).parent / "results" / "wind_tunnel.json"
+BUILD = Path(__file__).parents[1] / "build"
+STEPS, BATCH, LENGTH = 80, 8, 96
+WIDTH, HIDDEN, LAYERS, HEADS = 128, 384, 4, 4
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Attention with rotary positions and SwiGLU, behind RMS norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(WIDTH, HIDDEN, bias=False) for _ in range(2))
+        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        h = self.norm_1(x)
+        q, k, v = (layer(h).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(rotated(q, turns), rotated(k, turns), v, is_causal=True)
+        x = x + self.o(mixed.transpose(1, 2).flatten(-2))
+        h = self.norm_2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def rotated(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = turns
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+
+
+class ByteModel(nn.Module):
+    """Predicts the next byte. The head shares the embedding's weight, so that "all-linear" leaves it out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 256, bias=False)
+        self.head.weight = self.embedding.weight
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=WIDTH**-0.5 / 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        half = WIDTH // HEADS // 2
+        angles = torch.arange(tokens.shape[1])[:, None] * 1000.0 ** (-torch.arange(half) / half)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, (angles.cos(), angles.sin()))
+        return self.head(self.norm(x))
+
+
+def loss_of(model: nn.Module, window: Tensor) -> Tensor:
+    """Mean cross-entropy in nats a byte; ``window`` is [n, length + 1]."""
+    logits = model(window[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def as_bytes(texts: Iterable[str]) -> Tensor:
+    return torch.frombuffer(bytearray("\n".join(texts).encode()), dtype=torch.uint8).long()
+
+
+def bible() -> Tensor:
+    from rankwise.train.kjv import kjv_records
+
+    verses = (record["prompt"].split("\n\n")[1] for record in kjv_records(held_out=False))
+    return as_bytes(verses)
+
+
+def python_sources() -> dict[str, Tensor]:
+    """The standard library's modules, whole files dealt to three parts."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    random.Random(0).shuffle(files)
+    parts = {"validation": files[:24], "test": files[24:48], "train": files[48:]}
+    return {part: as_bytes(file.read_text(encoding="utf-8") for file in chosen) for part, chosen in parts.items()}
+
+
+def windows(text: Tensor, count: int, generator: torch.Generator, length: int = LENGTH) -> Tensor:
+    starts = torch.randint(len(text) - length - 1, (count,), generator=generator)
+    return text[starts[:, None] + torch.arange(length + 1)]
+
+
+def pretrained(steps: int = 700, rate: float = 4e-3) -> ByteModel:
+    """The model after one pre-training, kept in build/."""
+    recipe = f"{WIDTH} {HIDDEN} {LAYERS} {HEADS} {steps} {rate}"
+    path = BUILD / f"wind_tunnel_{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.pt"
+    torch.manual_seed(0)
+    model = ByteModel()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+    text, generator = bible(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)
+    for step in range(steps):
+        loss = descend(model, optimizer, windows(text, 16, generator), min(1.0, step / 50, (steps - step) / 500))
+        if step % 100 == 0:
+            print(f"pre-training {step}/{steps}: {loss:.3f}", flush=True)
+    BUILD.mkdir(exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------------
+
+
+class PairSteps(torch.optim.Optimizer):
+    """Moves pairs by a direction function; those of equal shape and scale together."""
+
+    def __init__(self, pairs: list[rw.Pair], lr: float, direction: Callable[..., Any], units: dict[str, float]) -> None:
+        super().__init__([p for pair in pairs for p in pair.parameters], {"lr": lr})
+        self.direction, self.batches = direction, {}
+        for pair in pairs:
+            self.batches.setdefault((pair.A.shape, pair.B.shape, pair.scale), []).append(pair)
+        self.units = {key: torch.tensor([units[p.name] for p in batch]) for key, batch in self.batches.items()}
+        self.states: dict[Any, dict[str, Any]] = {key: {} for key in self.batches}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for key, batch in self.batches.items():
+            stacked = (
+                torch.stack(tensors)
+                for tensors in zip(*((p.A, p.B, *(t.grad for t in p.parameters)) for p in batch), strict=True)
+            )
+            A, B, grad_A, grad_B = stacked
+            steps = self.direction(A, B, grad_A, grad_B, batch[0].scale, self.states[key])
+            for pair, unit, dA, dB in zip(batch, self.units[key], *steps, strict=True):
+                for parameter, move in zip(pair.parameters, (dA, dB), strict=True):
+                    parameter.sub_(self.param_groups[0]["lr"] * unit * move)
+
+
+class Together(torch.optim.Optimizer):
+    """Two optimizers as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: None = None) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+def full_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
+
+
+def full_muon(momentum: float) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+    """torch's Muon on the linear layers; the embedding and the norms by AdamW at the rate that suits full_adamw."""
+
+    def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        matrices = [module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in name]
+        chosen = set(map(id, matrices))
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        muon = torch.optim.Muon(matrices, rate, weight_decay=0.0, momentum=momentum)
+        return Together(muon, torch.optim.AdamW(rest, 2e-3, weight_decay=0.0))
+
+    return build
+
+
+def adamw(ratio: float = 1.0) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+    return lambda model, rate: torch.optim.AdamW(rw.param_groups(model, lr=rate, lr_ratio=ratio), rate, weight_decay=0.0)
+
+
+def lora_pro(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return rw.optim.LoraPro(rw.pairs(model), rate, form="adamw")
+
+
+def by_direction(direction: Callable[..., Any], unit: str = "absolute") -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+    def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        pairs = rw.pairs(model)
+        weights = {pair.name: model.get_submodule(pair.name).weight.detach().float() for pair in pairs}
+        return PairSteps(pairs, rate, direction, {name: UNITS[unit](weight) for name, weight in weights.items()})
+
+    return build
+
+
+# What a rate of 1 is, in the spectral norm of a step in W.
+UNITS: dict[str, Callable[[Tensor], float]] = {
+    "absolute": lambda W: 1.0,
+    "norm": lambda W: float(torch.linalg.matrix_norm(W, 2)),
+    "rms": lambda W: float(W.norm()) / min(W.shape) ** 0.5,
+    "shape": lambda W: (W.shape[0] / W.shape[1]) ** 0.5,
+    "elements": lambda W: max(W.shape) ** 0.5,
+}
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """One contender.
+
+    Attributes:
+        optimizer: (model, rate) → optimizer. rate: where its ladder of factors of two begins.
+        adapter: options of rw.LoRA; None for full fine-tuning.
+        ranks: what is run by default.
+    """
+
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    rate: float
+    adapter: dict[str, Any] | None = field(default_factory=dict)
+    ranks: tuple[int, ...] = (4,)
+
+
+ALL_RANKS = (1, 4, 16, 64)
+LORA_GA = {"init": "lora-ga", "scaling": "rslora"}
+METHODS = {
+    "full-adamw": Method(full_adamw, 2e-3, None, (0,)),
+    "full-muon": Method(full_muon(0.95), 0.05, None, (0,)),
+    "full-muon-0.8": Method(full_muon(0.8), 0.05, None, (0,)),
+    "lora": Method(adamw(), 1e-2, ranks=ALL_RANKS),
+    "lora-plus": Method(adamw(16.0), 1e-3),
+    "rslora": Method(adamw(), 5e-3, {"scaling": "rslora"}, (4, 16)),
+    "pissa": Method(adamw(), 2e-3, {"init": "pissa"}),
+    "lora-ga": Method(adamw(), 2e-3, LORA_GA),
+    "lora-pro": Method(lora_pro, 1e-3),
+    "scaled-adam": Method(by_direction(scaled_adam.direction), 2e-3),
+    "loft": Method(by_direction(loft.direction), 2e-3),
+    "lora-muon": Method(by_direction(lora_muon.direction), 0.2, ranks=ALL_RANKS),
+    "polora": Method(by_direction(polora.direction), 0.4, ranks=ALL_RANKS),
+    "spectral": Method(by_direction(spectral.direction), 0.1, ranks=ALL_RANKS),
+    "spectral from lora-ga": Method(by_direction(spectral.direction), 0.1, LORA_GA),
+}
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, window: Tensor, share: float) -> float:
+    """One step at this share of the rate that the optimizer was built with; the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("peak", group["lr"]) * share
+    optimizer.zero_grad()
+    loss = loss_of(model, window)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+class Tunnel:
+    """Runs methods from the pre-trained model, and keeps what they came to."""
+
+    def __init__(self, results: Path = RESULTS) -> None:
+        self.results = results
+        self.runs: list[dict[str, Any]] = json.loads(results.read_text())["runs"] if results.exists() else []
+        self.weights = pretrained().state_dict()
+        self.texts = python_sources()
+        fixed = torch.Generator().manual_seed(1)
+        self.held_out = {part: windows(self.texts[part], 192, fixed) for part in ("validation", "test")}
+
+    def run(self, name: str, method: Method, rank: int, rate: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
+        """A run's losses, from the results or made now."""
+        key = {"method": name, "rank": rank, "rate": rate, "seed": seed, "steps": steps}
+        for done in self.runs:
+            if all(done[field] == value for field, value in key.items()):
+                return done
+        start = time.process_time()
+        losses = self._losses(method, rank, rate, seed, steps)
+        run = {**key, **losses, "seconds": round(time.process_time() - start, 2)}
+        print(json.dumps(run), flush=True)
+        self.runs.append(run)
+        self.save()
+        return run
+
+    def _losses(self, method: Method, rank: int, rate: float, seed: int, steps: int) -> dict[str, float]:
+        model, generator = ByteModel(), torch.Generator().manual_seed(seed)
+        model.load_state_dict(self.weights)
+        if method.adapter is not None:
+            first = [windows(self.texts["train"], BATCH, generator) for _ in range(8)]
+            needs = {"batches": first, "loss": loss_of} if method.adapter.get("init") == "lora-ga" else {}
+            rw.attach(model, rw.LoRA(rank=rank, seed=seed, **method.adapter), **needs)
+        generator.manual_seed(seed)
+        optimizer = method.optimizer(model, rate)
+        for step in range(steps):
+            loss = descend(model, optimizer, windows(self.texts["train"], BATCH, generator), 1 - step / steps)
+            if not loss < 20:
+                return {"validation": math.inf, "test": math.inf}
+        with torch.no_grad():
+            return {part: round(loss_of(model, window).item(), 4) for part, window in self.held_out.items()}
+
+    def best_rate(self, name: str, method: Method, rank: int) -> float:
+        """The rate with the lowest validation loss on seed 0, with a worse one on either side."""
+
+        def validation(rung: int) -> float:
+            return self.run(name, method, rank, method.rate * 2.0**rung, seed=0)["validation"]
+
+        best = 0
+        while True:
+            better = min((best - 1, best, best + 1), key=validation)
+            if better == best:
+                return method.rate * 2.0**best
+            best = better
+
+    def save(self) -> None:
+        facts = {"python": sysconfig.get_python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        lines = ",\n".join("  " + json.dumps(run) for run in self.runs)
+        text = f'{{"machine": {json.dumps(facts)},\n "runs": [\n{lines}\n]}}\n'
+        temporary = self.results.with_suffix(".new")
+        temporary.write_text(text)
+        os.replace(temporary, self.results)
+
+    def shortest(self, name: str, method: Method, rank: int, rate: float, goal: float) -> float:
+        """The smallest share of the steps, in tenths, that reaches a validation loss on a schedule of that length."""
+        for tenths in range(9, 1, -1):
+            run = self.run(name, method, rank, rate, seed=0, steps=STEPS * tenths // 10)
+            if run["validation"] > goal:
+                return (tenths + 1) / 10
+        return 0.2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--ranks", nargs="+", type=int, help="default: those of each method's row")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--shorter", action="store_true", help="also find the steps that reach LoRA's loss at r = 4")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    tunnel = Tunnel()
+    print(f"{'method':24} {'rank':>4} {'rate':>8} {'validation':>10} {'test':>8} {'sd':>7} {'seconds':>7} {'steps':>6}")
+    goal = None
+    if options.shorter:
+        lora = METHODS["lora"]
+        goal = tunnel.run("lora", lora, 4, tunnel.best_rate("lora", lora, 4), 0)["validation"]
+    rows = []
+    for name in options.methods:
+        method = METHODS[name]
+        for rank in (method.ranks if options.ranks is None or method.adapter is None else options.ranks):
+            rate = tunnel.best_rate(name, method, rank)
+            runs = [tunnel.run(name, method, rank, rate, seed) for seed in options.seeds]
+            share = f"{tunnel.shortest(name, method, rank, rate, goal):.1f}" if goal is not None else ""
+            rows.append(row(name, rank, rate, runs, share))
+    print("\n".join(rows))
+
+
+def row(name: str, rank: int, rate: float, runs: list[dict[str, Any]], share: str) -> str:
+    validation, test, seconds = ([run[field] for run in runs] for field in ("validation", "test", "seconds"))
+    spread = statistics.stdev(test) if len(test) > 1 else 0.0
+    return (
+        f"{name:24} {rank or 'full':>4} {rate:8.3g} {statistics.mean(validation):10.4f} {statistics.mean(test):8.4f} "
+        f"{spread:7.4f} {statistics.median(seconds):7.1f} {share:>6}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Joint spectral step: of all moves that the pair can make together, the one of even size that follows the gradient.
+
+The pair's first-order moves s(B δA + δB A) are the tangent space of the matrices of rank r at BA. With Aᵀ = Q_A R_A
+and B = Q_B R_B the gradient's projection on it is, from g_A = s BᵀG and g_B = s GAᵀ alone,
+
+    Q_BᵀG = R_B⁺ᵀ g_A / s,    G Q_A = g_B R_A⁺ / s
+    P = Q_B (Q_BᵀG) + (I − Q_B Q_Bᵀ)(G Q_A) Q_Aᵀ        [out, in], of rank ≤ 2r
+
+It is LoRA-Pro's equivalent gradient. Its matrix sign D = msign(P) is Muon's step, and goes back to the pair as
+
+    dA = R_B⁺ (Q_BᵀD) / s,    dB = (I − Q_B Q_Bᵀ) D Q_A R_A⁺ᵀ / s
+
+A step of rate η moves W by η times D's tangent part: its spectral norm is η to within 16 % (it is not more than η ·
+2/√3), whatever r, alpha, s, or the balance of A and B. Rotating or rescaling the pair, A → TA and B → BT⁻¹, changes
+nothing in W. With B = 0 only B moves.
+
+P is never formed: it is [Q_B Q_Z] core [Q_A Q_Y]ᵀ with a core of 2r × 2r, and the sign is the core's. All
+pseudo-inverses come from SVDs of A and B, so that a half that is zero or has lost rank spans what it spans.
+
+After Muon (Jordan 2024), in the tangent space as in Riemannion (arXiv 2507.12142), which retracts to rank r after the
+step; here the pair itself moves, and its product gains the second-order term s δB δA.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.algebra.msign import ThinSVD, msign, thin_svd
+from rankwise.optim.moments import momentum
+from rankwise.shapes import Float
+
+
+def direction(
+    A: Float[Tensor, "*n r in"],
+    B: Float[Tensor, "*n out r"],
+    grad_A: Float[Tensor, "*n r in"],
+    grad_B: Float[Tensor, "*n out r"],
+    scale: float,
+    state: dict[str, Any],
+    *,
+    beta: float = 0.8,
+    unit: Float[Tensor, "*n"] | float = 1.0,
+) -> tuple[Float[Tensor, "*n r in"], Float[Tensor, "*n out r"]]:
+    """(dA, dB) of the formulas above, from the momenta of the two gradients.
+
+    Args:
+        A, B: the effective pair (start + δ), or a batch of pairs of equal shape.
+        grad_A, grad_B: dL/dA = s BᵀG and dL/dB = s GAᵀ.
+        scale: s.
+        state: the pair's momenta; empty before the first step, updated in place.
+        beta: of the momentum, with Nesterov's look-ahead.
+        unit: the spectral norm of a step of rate 1, for each pair.
+    """
+    M_A = momentum(grad_A, state, "momentum_A", beta)
+    M_B = momentum(grad_B, state, "momentum_B", beta)
+    return tangent_sign(
+        thin_svd(A.mT), thin_svd(B), M_A, M_B, torch.as_tensor(unit, dtype=A.dtype, device=A.device) / scale
+    )
+
+
+def tangent_sign(
+    a: ThinSVD, b: ThinSVD, M_A: Tensor, M_B: Tensor, size: Tensor
+) -> tuple[Float[Tensor, "*n r in"], Float[Tensor, "*n out r"]]:
+    """``size`` · (R_B⁺ Q_BᵀD, (I − Q_B Q_Bᵀ) D Q_A R_A⁺ᵀ); the triangles R are diag(S) Vᵀ here."""
+    rows = M_A.mT @ b.V * b.inverse[..., None, :]  # (Q_BᵀG)ᵀ, but for 1/s, which the sign does not see
+    columns = M_B @ a.V * a.inverse[..., None, :]  # G Q_A
+    outside = columns - b.U @ (b.U.mT @ columns)
+    inside = rows.mT @ a.U
+    beyond = rows - a.U @ inside.mT
+    Q_Z, R_Z = torch.linalg.qr(outside)
+    Q_Y, R_Y = torch.linalg.qr(beyond)
+    upper, lower = (
+        torch.cat([inside, R_Y.mT], -1),
+        torch.cat([R_Z, R_Z.new_zeros(*R_Z.shape[:-2], R_Z.shape[-2], R_Y.shape[-2])], -1),
+    )
+    sign = msign(torch.cat([upper, lower], -2))
+    k_B, k_A = inside.shape[-2:]
+    V = sign[..., :k_B, :k_A] @ a.U.mT + sign[..., :k_B, k_A:] @ Q_Y.mT
+    U = Q_Z @ sign[..., k_B:, :k_A]
+    size = size[..., None, None]
+    return size * (b.V * b.inverse[..., None, :]) @ V, size * U @ (a.V * a.inverse[..., None, :]).mT
