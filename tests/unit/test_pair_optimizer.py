@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.attach import Pair
+from rankwise.attaching import Pair
 from rankwise.errors import SpecError
 from rankwise.optim import LoraPro, PairOptimizer, pair_optimizer
 
