@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from rankwise.attach import Pair
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rankwise.attaching import Pair
 from rankwise.errors import RecipeError, SpecError
-from rankwise.methods import Entry
+from rankwise.methods import Method
 from rankwise.optim import OPTIMIZERS, PairOptimizer
 from rankwise.optim.choice import choice_of
 from rankwise.train import recipe as recipes
-from rankwise.train import run
+from rankwise.train.run import run
 
 SILENT = Console(quiet=True)
 
@@ -44,9 +44,12 @@ class SignDescent(PairOptimizer):
         super().__init__(pairs, direction, {"beta": beta}, lr=lr, weight_decay=weight_decay, others=others)
 
 
+SignDescentChoice = choice_of(SignDescent)
+
+
 @pytest.fixture(autouse=True)
 def row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OPTIMIZERS, "sign", Entry(choice_of(SignDescent), "", "sign descent"))
+    monkeypatch.setitem(OPTIMIZERS, "sign", Method(f"{__name__}:SignDescentChoice", "", "sign descent"))
 
 
 @pytest.fixture

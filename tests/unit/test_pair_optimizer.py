@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from rankwise.attach import Pair
 from torch import Tensor, nn
 
 import rankwise as rw
+from rankwise.attaching import Pair
 from rankwise.errors import SpecError
 from rankwise.optim import LoraPro, PairOptimizer, pair_optimizer
 

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankwise as rw
+from rankwise.evidence import ExactGradient, SketchedGradient
 from rankwise.methods import resolve
 from rankwise.optim import OPTIMIZERS
 
@@ -49,8 +50,8 @@ def together(check: Callable[[int], None], folder: Path) -> None:
     mp.spawn(run, (check, str(folder / "meeting")), nprocs=2)
 
 
-def dense(evidence: rw.evidence.ExactGradient | rw.evidence.SketchedGradient) -> torch.Tensor:
-    if isinstance(evidence, rw.evidence.ExactGradient):
+def dense(evidence: ExactGradient | SketchedGradient) -> torch.Tensor:
+    if isinstance(evidence, ExactGradient):
         return evidence.matrix
     return (evidence.U * evidence.S) @ evidence.V.T
 
@@ -73,7 +74,7 @@ def check_same_start(rank: int) -> None:
     spec = rw.LoRA(rank=RANK, init="lora-ga")
     alone = llama()
     truth = expected()
-    evidence = {name: rw.evidence.ExactGradient(G) for name, G in truth.items()}
+    evidence = {name: ExactGradient(G) for name, G in truth.items()}
     starts = {pair.name: pair for pair in rw.pairs(rw.attach(alone, spec, evidence=evidence))}
     sketch = rw.gradients(llama(), one_share(rank), method="sketch", rank=10)
     for method, source in (("exact", {"batches": one_share(rank)}), ("sketch", {"evidence": sketch})):
@@ -164,7 +165,7 @@ def check_gradients_of_a_sharded_model(rank: int) -> None:
 
 def check_sharded_training(rank: int) -> None:
     """Adapter and base sharded: the losses of one process that sees both processes' batches, with every optimizer."""
-    evidence = {name: rw.evidence.ExactGradient(G) for name, G in expected().items()}
+    evidence = {name: ExactGradient(G) for name, G in expected().items()}
     for optimizer in OPTIMIZERS:
         alone, shared = (rw.attach(llama(), rw.LoRA(rank=RANK, init="lora-ga"), evidence=evidence) for _ in range(2))
         sharded(shared)
