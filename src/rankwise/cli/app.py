@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from rankwise import __version__
 from rankwise.cli.flags import recipe_flags
 from rankwise.errors import RankwiseError, RunStopped
 from rankwise.train import recipe as recipes
@@ -60,8 +61,18 @@ Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter direct
 Base = Annotated[str | None, typer.Option(help="Base model; default: the one that the adapter names.")]
 
 
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"rankwise {__version__}")
+        raise typer.Exit
+    return wanted
+
+
 @app.callback()
 def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", envvar="RANKWISE_DEBUG", help="Show the full trace of an error.")
     ] = False,
@@ -276,7 +287,7 @@ def demo(
 @app.command()
 def methods() -> None:
     """List the initialisations, scales, variants and optimizers, with their papers."""
-    from rankwise.train.run.tables import methods_tables
+    from rankwise.cli.methods import methods_tables
 
     for table in methods_tables():
         Console().print(table)

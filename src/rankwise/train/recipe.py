@@ -1,7 +1,7 @@
 """The recipe: everything that decides a run, in one YAML file whose every field is also a flag.
 
 The sections below are the schema, its help text and its defaults. Field names follow transformers and
-PEFT, because those are what users have in their fingers; the adapter's fields are the ones of
+PEFT, because those are what users have in their fingers; the adapter's fields are made from those of
 `rankwise.LoRA`, the training fields are handed to transformers' trainer word for word.
 """
 
@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, SpecError
+from rankwise.methods import row
+from rankwise.optim import OPTIMIZERS
+from rankwise.spec import METHOD_FIELDS, LoRA, checked, plain_fields
 
 # A method is a name from its table, or that name and its options: {name: lora-ga, gamma: 16}.
 Method = str | dict[str, Any]
@@ -62,30 +69,43 @@ class DataFields(_Section):
     max_length: Positive | None = Field(1024, description="Longer samples are cut to this many tokens.")
 
 
-class AdapterFields(_Section):
-    """Adapter"""
+def _recipe_type(name: str, annotation: Any) -> Any:
+    """The type of a recipe's field: the spec's, in the kinds of value that a YAML file can hold."""
+    if name in METHOD_FIELDS:
+        return Method
+    if name == "seed":
+        return Annotated[int, Field(ge=0)]  # it seeds libraries too that take no other
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is UnionType:
+        return reduce(or_, (_recipe_type("", argument) for argument in arguments))
+    kinds: dict[Any, Any] = {Sequence: list, Mapping: dict}
+    return kinds[origin][arguments] if origin in kinds else annotation
 
-    rank: int = Field(8, description="Rank of the adapter.")
-    alpha: float = Field(16.0, description="Numerator of the adapter's scale.")
-    target_modules: str | list[str] = Field(
-        "all-linear", description="Layers to adapt: all-linear, a regular expression, or a list of name endings."
+
+if TYPE_CHECKING:
+
+    class AdapterFields(_Section):
+        """What a run itself reads of the adapter."""
+
+        rank: int
+        target_modules: str | list[str]
+        exclude_modules: str | list[str]
+        modules_to_save: list[str]
+        seed: int
+
+else:
+    AdapterFields = create_model(
+        "AdapterFields",
+        __base__=_Section,
+        __doc__="Adapter",
+        **{
+            field.name: (
+                _recipe_type(field.name, field.type),
+                Field(plain_fields({})[field.name], description=field.metadata["help"]),
+            )
+            for field in fields(LoRA)
+        },
     )
-    exclude_modules: list[str] = Field([], description="Layers to leave out.")
-    init: Method = Field(
-        "kaiming", description="Initialisation: a name (see `rankwise methods`) or {name: lora-ga, gamma: 16}."
-    )
-    scaling: str = Field("lora", description="Scale of the adapter: lora (alpha/r) or rslora (alpha/sqrt(r)).")
-    variant: Method = Field("lora", description="Kind of adapter (see `rankwise methods`).")
-    dropout: float = Field(0.0, description="Dropout on the adapter's input.")
-    rank_pattern: dict[str, int] = Field({}, description="Ranks that differ, by layer name: {q_proj: 4}.")
-    alpha_pattern: dict[str, float] = Field({}, description="Alphas that differ, by layer name.")
-    modules_to_save: list[str] = Field(
-        [], description="Layers trained in full beside the adapter and saved with it; a classifier's head always is."
-    )
-    anchor: Literal["frozen", "fold"] = Field(
-        "frozen", description="How a non-zero start is cancelled: a frozen copy (exact) or folded into the base."
-    )
-    seed: int = Field(0, ge=0, description="Seed of the initialisation, the data order and dropout.")
 
 
 class StartFields(_Section):
@@ -187,9 +207,28 @@ def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Recipe:
 def parse(values: Mapping[str, Any], sources: Mapping[str, str] | None = None, source: str = "recipe") -> Recipe:
     """Validate plain data; `sources` (by field) and `source` (for the rest) name where it came from."""
     try:
-        return Recipe.model_validate(dict(values))
+        recipe = Recipe.model_validate(dict(values))
     except ValidationError as error:
-        raise RecipeError("\n".join(_problems(error, sources or {}, source))) from None
+        problems = _problems(error, sources or {}, source)
+    else:
+        problems = list(_out_of_range(recipe, sources or {}, source))
+    if problems:
+        raise RecipeError("\n".join(problems)) from None
+    return recipe
+
+
+def _out_of_range(recipe: Recipe, sources: Mapping[str, str], source: str) -> Iterator[str]:
+    """What the adapter's spec and the tables of methods would refuse."""
+    checks = dict.fromkeys(AdapterFields.model_fields, checked) | {"optimizer": _check_optimizer}
+    for name, check in checks.items():
+        try:
+            check(name, getattr(recipe, name))
+        except SpecError as error:
+            yield f"{sources.get(name, source)}: {error}"
+
+
+def _check_optimizer(name: str, value: Method) -> None:
+    row(OPTIMIZERS, value if isinstance(value, str) else value.get("name"), name)
 
 
 def flag_value(name: str, text: str) -> Any:

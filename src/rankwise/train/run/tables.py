@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,11 @@ from rich.text import Text
 
 import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice
-from rankwise.inits import INITS
-from rankwise.optim import OPTIMIZERS
-from rankwise.scaling import SCALINGS
 from rankwise.train.model.generation import Sample
 from rankwise.train.model.merged import Merged
 from rankwise.train.run.adapter_start import ADVISED_RANKS
 from rankwise.train.run.trial_step import TrialStep
 from rankwise.train.tasks.base import DataSummary
-from rankwise.variants import VARIANTS
 
 
 def plan_table(sites: Sequence[rw.Site]) -> Table:
@@ -150,16 +146,6 @@ def sample_table(sample: Sample) -> Table:
     if sample.reference is not None:
         table.add_row("reference", escape(sample.reference.strip()))
     return table
-
-
-def methods_tables() -> Iterator[Table]:
-    """The tables of methods, as the library holds them."""
-    tables: dict[str, Any] = {"init": INITS, "scaling": SCALINGS, "variant": VARIANTS, "optimizer": OPTIMIZERS}
-    for field, methods in tables.items():
-        table = Table("name", "what it does", "paper", title=field, title_justify="left")
-        for name, entry in methods.items():
-            table.add_row(name, entry.summary, entry.paper)
-        yield table
 
 
 def merge_table(merged: Merged, out: Path) -> Table:
