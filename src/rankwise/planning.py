@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
+from rankwise.collection import Collection, needed_evidence
 from rankwise.errors import TargetError
 from rankwise.inits.base import Init
 from rankwise.layers.kinds import EmbeddingKind, kind_of, kind_or_none
@@ -12,13 +13,22 @@ from rankwise.methods import nearest
 from rankwise.patterns import keys_under, matching, matching_ends, names_by_end, pattern_values
 from rankwise.sites import SAVED, SLOT, Site
 from rankwise.spec import LoRA
+from rankwise.text_table import aligned
 from rankwise.variants.base import Variant
 
 T = TypeVar("T")
 
 
 class Plan(list[Site]):
-    """The sites of a spec on a model, in the model's order; prints as a table."""
+    """The sites of a spec on a model, in the model's order, and what their starts are computed from; prints as tables.
+
+    Attributes:
+        evidence: which evidence is collected, in which passes.
+    """
+
+    def __init__(self, sites: Iterable[Site], evidence: Collection) -> None:
+        super().__init__(sites)
+        self.evidence = evidence
 
     @property
     def parameters(self) -> int:
@@ -32,13 +42,7 @@ class Plan(list[Site]):
             for s in self
         ]
         rows.append((f"{len(self)} sites", "", "", "", "", f"{self.parameters:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return f"{aligned(rows, 2)}\n\n{self.evidence}"
 
 
 @runtime_checkable
@@ -48,14 +52,31 @@ class _HasOutputHead(Protocol):
     def get_output_embeddings(self) -> Any: ...
 
 
-def plan(model: nn.Module, spec: LoRA) -> Plan:
-    """The sites that ``spec`` adapts on ``model``: the dry run of ``attach``.
+def plan(model: nn.Module, spec: LoRA, *, method: str = "auto", memory_budget: int | None = None) -> Plan:
+    """The sites that ``spec`` adapts on ``model``, and the evidence for their starts; nothing is run or changed.
+
+    Args:
+        method, memory_budget: as in :func:`rankwise.attach`.
 
     Raises:
         TargetError: a target matches nothing, only in part, or a module that cannot carry an adapter; a pattern in
             ``rank_pattern``, ``alpha_pattern`` or ``exclude_modules`` matches no target.
         SpecError: a rank that the site or the init cannot serve.
+        EvidenceError: a method or a budget that cannot serve the init.
     """
+    assert isinstance(spec.init, Init)
+    sites = planned_sites(model, spec)
+    return Plan(sites, needed_evidence(starting_sites(sites, spec), spec.init, method, memory_budget))
+
+
+def starting_sites(sites: Iterable[Site], spec: LoRA) -> list[Site]:
+    """The sites with the ranks that their starts have, which a variant that prunes makes larger."""
+    assert isinstance(spec.variant, Variant)
+    return [spec.variant.starting(site) for site in sites]
+
+
+def planned_sites(model: nn.Module, spec: LoRA) -> list[Site]:
+    """The sites alone; errors as for :func:`plan`."""
     modules_saved_whole(model, spec.modules_to_save)
     chosen = target_layers(model, spec.target_modules, spec.exclude_modules, spec.modules_to_save)
     names = list(chosen)
@@ -63,7 +84,7 @@ def plan(model: nn.Module, spec: LoRA) -> Plan:
     alphas = pattern_values("alpha_pattern key", spec.alpha_pattern, names, spec.alpha)
     _check_patterns("rank_pattern", spec.rank_pattern, names)
     _check_patterns("alpha_pattern", spec.alpha_pattern, names)
-    return Plan(_site(name, layer, spec, ranks[name], alphas[name]) for name, layer in chosen.items())
+    return [_site(name, layer, spec, ranks[name], alphas[name]) for name, layer in chosen.items()]
 
 
 def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> Site:
