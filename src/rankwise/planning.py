@@ -125,8 +125,8 @@ def target_layers(
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Module path → module, without what adapters have put there."""
-    own = {SLOT, SAVED}
-    return {name: module for name, module in model.named_modules() if own.isdisjoint(name.split("."))}
+    ours = {SLOT, SAVED}
+    return {name: module for name, module in model.named_modules() if ours.isdisjoint(name.split("."))}
 
 
 def modules_saved_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -146,12 +146,12 @@ def modules_saved_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.
 
 def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: set[int]) -> list[str]:
     if targets == "all-linear":
-        found = [n for n, m in modules.items() if _is_linear(m) and id(m) not in heads]
-        if not found:
+        linear = [n for n, m in modules.items() if _is_linear(m) and id(m) not in heads]
+        if not linear:
             raise TargetError("target_modules 'all-linear' matches nothing: the model has no linear layer but its head")
-        return found
-    found_anywhere = _matches("target_modules", modules, targets)
-    matched = [name for name in modules if name in found_anywhere]
+        return linear
+    targeted = _matches("target_modules", modules, targets)
+    matched = [name for name in modules if name in targeted]
     for name in matched:
         if kind_or_none(modules[name]) is None:
             raise TargetError(
@@ -176,23 +176,23 @@ def _output_heads(model: nn.Module) -> set[int]:
 def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:
     """Paths that a regular expression matches whole, or that a list of (last parts of) names matches."""
     if isinstance(patterns, str):
-        found = matching(field, patterns, list(modules))
-        if not found:
+        matched = matching(field, patterns, list(modules))
+        if not matched:
             raise TargetError(
                 f"{field} {patterns!r} matches no module as a regular expression of the whole path; "
                 f"for module names give a list such as [{patterns!r}]; the model has {_examples(modules)}"
             )
-        return found
+        return matched
     by_end = names_by_end(modules)
     hits = {p: by_end.get(p, set()) for p in patterns}
     missing = [p for p, names in hits.items() if not names]
     if missing:
         known = {name.rpartition(".")[2] for name in modules if kind_or_none(modules[name])}
         hints = "".join(nearest(p, known) for p in missing[:1])
-        matched = [p for p in hits if p not in missing]
+        others = [p for p in hits if p not in missing]
         raise TargetError(
             f"{field}: {', '.join(map(repr, missing))} match no module"
-            + (f" (while {', '.join(map(repr, matched))} do)" if matched else "")
+            + (f" (while {', '.join(map(repr, others))} do)" if others else "")
             + f"{hints}; the model has {_examples(modules)}"
         )
     return set().union(*hits.values()) if hits else set()
@@ -204,6 +204,6 @@ def _examples(modules: dict[str, nn.Module]) -> str:
 
 
 def _check_patterns(field: str, pattern: Mapping[str, Any], chosen: Sequence[str]) -> None:
-    for key, found in matching_ends(field, pattern, chosen).items():
-        if not found:
+    for key, matched in matching_ends(field, pattern, chosen).items():
+        if not matched:
             raise TargetError(f"{field} key {key!r} matches none of the adapted modules")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,8 +81,6 @@ def collect(
             return stored_weights(_reference(collection), layers)
         case "given":
             raise EvidenceError("this evidence was collected before: there is nothing to collect")
-        case _:
-            assert_never(collection.kind)
 
 
 def _reference(collection: Collection) -> str:

@@ -81,8 +81,8 @@ def advise(
             memory_budget=loaded.recipe.memory_budget,
             cache=loaded.recipe.init_cache,
         )
-        spectra = {name: step_spectrum(each, largest) for name, each in evidence.items()}
-    return {name: each.shares.tolist() for name, each in spectra.items()}, advise_ranks(spectra, shapes, budget)
+        spectra = {name: step_spectrum(gradient, largest) for name, gradient in evidence.items()}
+    return {name: spectrum.shares.tolist() for name, spectrum in spectra.items()}, advise_ranks(spectra, shapes, budget)
 
 
 class _BatchesWithBar(Sequence[Batch]):
