@@ -197,7 +197,11 @@ def full_muon(momentum: float) -> Callable[[nn.Module, float], torch.optim.Optim
     """torch's Muon on the linear layers; the embedding and the norms by AdamW at the rate that suits full_adamw."""
 
     def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        matrices = [module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in name]
+        matrices = [
+            module.weight
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "blocks" in name
+        ]
         chosen = set(map(id, matrices))
         rest = [p for p in model.parameters() if id(p) not in chosen]
         muon = torch.optim.Muon(matrices, rate, weight_decay=0.0, momentum=momentum)
@@ -207,14 +211,18 @@ def full_muon(momentum: float) -> Callable[[nn.Module, float], torch.optim.Optim
 
 
 def adamw(ratio: float = 1.0) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
-    return lambda model, rate: torch.optim.AdamW(rw.param_groups(model, lr=rate, lr_ratio=ratio), rate, weight_decay=0.0)
+    return lambda model, rate: torch.optim.AdamW(
+        rw.param_groups(model, lr=rate, lr_ratio=ratio), rate, weight_decay=0.0
+    )
 
 
 def lora_pro(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return rw.optim.LoraPro(rw.pairs(model), rate, form="adamw")
 
 
-def by_direction(direction: Callable[..., Any], unit: str = "absolute") -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+def by_direction(
+    direction: Callable[..., Any], unit: str = "absolute"
+) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
     def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
         pairs = rw.pairs(model)
         weights = {pair.name: model.get_submodule(pair.name).weight.detach().float() for pair in pairs}
@@ -342,7 +350,11 @@ class Tunnel:
             best = better
 
     def save(self) -> None:
-        facts = {"python": sysconfig.get_python_version(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        facts = {
+            "python": sysconfig.get_python_version(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
         lines = ",\n".join("  " + json.dumps(run) for run in self.runs)
         text = f'{{"machine": {json.dumps(facts)},\n "runs": [\n{lines}\n]}}\n'
         temporary = self.results.with_suffix(".new")
@@ -375,7 +387,7 @@ def main() -> None:
     rows = []
     for name in options.methods:
         method = METHODS[name]
-        for rank in (method.ranks if options.ranks is None or method.adapter is None else options.ranks):
+        for rank in method.ranks if options.ranks is None or method.adapter is None else options.ranks:
             rate = tunnel.best_rate(name, method, rank)
             runs = [tunnel.run(name, method, rank, rate, seed) for seed in options.seeds]
             share = f"{tunnel.shortest(name, method, rank, rate, goal):.1f}" if goal is not None else ""

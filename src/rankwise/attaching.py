@@ -1,11 +1,10 @@
 """attach: gradients → start pairs → slots, in one call; and its inverse, detach."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +26,14 @@ from rankwise.adapted.slots import (
     uninstall,
 )
 from rankwise.adapted.whole_modules import check_copyable, drop_copies, show_originals
-from rankwise.algebra.precision import at_least_fp32
+from rankwise.collection import given_evidence
 from rankwise.errors import AttachError, EvidenceError, SpecError
-from rankwise.evidence import input_covariances, input_directions, stored_weights
-from rankwise.evidence.exact import groups_within
-from rankwise.evidence.gradients import (
-    AUTO_BUDGET,
-    OVERSAMPLE,
-    choose_method,
-    exact_in_groups,
-    sketch_with_warning,
-)
-from rankwise.inits.base import EVIDENCE, EvidenceNeed, Init
-from rankwise.inits.loftq import Loftq
-from rankwise.layers.kinds import KINDS, kind_of, parameter_owners
+from rankwise.evidence.collecting import collect
+from rankwise.evidence.undisturbed import repeatable
+from rankwise.inits.base import EVIDENCE, Init
+from rankwise.layers.kinds import KINDS, base_matrix, parameter_owners
 from rankwise.layers.quantised import forbid_repacking, is_quantised
-from rankwise.planning import modules_saved_whole, plan
+from rankwise.planning import Plan, modules_saved_whole, plan, planned_sites, starting_sites
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start, site_generator
 from rankwise.spec import LoRA
@@ -52,6 +43,9 @@ from rankwise.variants.lora import FoldedLoraLayer
 log = logging.getLogger("rankwise")
 
 
+@overload
+def attach(model: nn.Module, spec: LoRA, *, dry_run: Literal[True], **rest: Any) -> Plan: ...
+@overload
 def attach(
     model: nn.Module,
     spec: LoRA,
@@ -62,7 +56,20 @@ def attach(
     method: str = "auto",
     memory_budget: int | None = None,
     name: str = "default",
-) -> nn.Module:
+    dry_run: Literal[False] = False,
+) -> nn.Module: ...
+def attach(  # type: ignore[misc]  # a dry run takes what attach takes
+    model: nn.Module,
+    spec: LoRA,
+    *,
+    batches: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    evidence: Mapping[str, Any] | None = None,
+    method: str = "auto",
+    memory_budget: int | None = None,
+    name: str = "default",
+    dry_run: bool = False,
+) -> nn.Module | Plan:
     """Put a new adapter on ``model``, active and trainable, with the base frozen.
 
     The model's function is unchanged, but for an init that is meant to change it (``keeps_function`` False).
@@ -78,9 +85,10 @@ def attach(
             insist on, layers are started in groups whose gradients take ``memory_budget`` bytes (2 GiB if None), with
             a pass over the batches for each group; with "sketch" the factor has four times the rank.
         name: several named adapters may sit on one model; see :func:`activate`.
+        dry_run: check everything and return the plan, its sites and passes, with no batch read and nothing changed.
 
     Returns:
-        The same model.
+        The same model; of a dry run the :class:`rankwise.planning.Plan`.
 
     Raises:
         TargetError, SpecError: see :func:`rankwise.plan`. AttachError: the name is taken or malformed.
@@ -97,151 +105,85 @@ def attach(
     forbid_repacking(model)
     if not isinstance(spec, LoRA):
         raise SpecError(f"spec must be a rankwise.LoRA(...) or rankwise.Bottleneck(...), found {spec!r}")
-    found = find_record(model)
-    owner = root(model)
-    planned, whole = plan(owner, spec), modules_saved_whole(owner, spec.modules_to_save)
+    assert isinstance(spec.init, Init)
+    if spec.init.needs == "nothing":
+        evidence = None
+    occupied, owner = find_record(model) is not None, root(model)
+    planned = _plan(owner, spec, method, memory_budget, evidence)
+    whole = modules_saved_whole(owner, spec.modules_to_save)
     for path, module in whole.items():
         check_copyable(path, module)
     if spec.anchor == "fold":
-        _check_foldable(owner, planned, found is not None)
-    with switched_off(model) if found else nullcontext():
-        built = _adapters(_Wanted(owner, spec, planned, batches, loss, method, memory_budget), evidence)
+        _check_foldable(owner, planned, occupied)
+    if dry_run:
+        return planned
+    with switched_off(model) if occupied else nullcontext():
+        built = _adapters(owner, spec, planned, evidence, batches, loss)
     install(model, name, spec, built, trainable=True, saved=dict.fromkeys(whole))
     if spec.anchor == "fold":
         _fold_starts(owner, built)
     return model
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What a collector is asked for."""
-
-    model: nn.Module
-    spec: LoRA
-    sites: Sequence[Site]
-    batches: Iterable[Any] | None
-    loss: Callable[[nn.Module, Any], Tensor] | None
-    method: str
-    memory_budget: int | None
-
-    @property
-    def init(self) -> Init:
-        """The initialisation that asks."""
-        assert isinstance(self.spec.init, Init)
-        return self.spec.init
-
-    def starting(self) -> list[Site]:
-        """The sites with the ranks that their starts have."""
-        assert isinstance(self.spec.variant, Variant)
-        return [self.spec.variant.starting(site) for site in self.sites]
-
-    def layers(self) -> dict[str, nn.Module]:
-        """Site name → layer."""
-        return {site.name: self.model.get_submodule(site.name) for site in self.sites}
-
-    def data(self) -> Iterable[Any]:
-        """The batches, which must be there."""
-        if self.batches is None:
-            raise EvidenceError(
-                f"init {type(self.init).__name__} starts from the data's {self.init.needs}: pass batches=... "
-                f"(a few batches of the training data), or evidence=... collected before"
-            )
-        return self.batches
-
-
-Seen = Mapping[str, Any]  # site name → what the init needs of it
-
-
-def _gradients(wanted: _Wanted) -> Iterator[Seen]:
-    layers, data = wanted.layers(), wanted.data()
-    if choose_method(wanted.method, layers, wanted.memory_budget, whole=wanted.init.needs_whole_gradient) == "sketch":
-        widths = {site.name: OVERSAMPLE * site.rank for site in wanted.starting()}
-        yield sketch_with_warning(wanted.model, layers, data, widths, wanted.loss)
-    else:
-        groups = groups_within(layers, AUTO_BUDGET if wanted.memory_budget is None else wanted.memory_budget)
-        yield from exact_in_groups(wanted.model, groups, data, wanted.loss)
-
-
-def _activations(wanted: _Wanted) -> Iterator[Seen]:
-    ranks = {site.name: wanted.init.evidence_rank(site) for site in wanted.starting()}
-    yield input_directions(wanted.model, wanted.layers(), wanted.data(), ranks, wanted.loss)
-
-
-def _covariance(wanted: _Wanted) -> Iterator[Seen]:
-    yield input_covariances(wanted.model, wanted.layers(), wanted.data(), wanted.loss)
-
-
-def _weights(wanted: _Wanted) -> Iterator[Seen]:
-    reference = wanted.init.reference if isinstance(wanted.init, Loftq) else None
-    if reference is None:
-        raise EvidenceError(
-            f"init {type(wanted.init).__name__} starts from the full-precision weights: give its reference= a "
-            f"safetensors file of them, or pass evidence=rankwise.weights(full_precision_model)"
-        )
-    yield stored_weights(reference, wanted.layers())
-
-
-def _nothing(wanted: _Wanted) -> Iterator[Seen]:
-    yield dict.fromkeys(site.name for site in wanted.sites)
-
-
-# Each yields the evidence of all sites, or of one group of sites after the other where all at once would be too large.
-_COLLECTORS: dict[EvidenceNeed, Callable[[_Wanted], Iterator[Seen]]] = {
-    "nothing": _nothing,
-    "gradients": _gradients,
-    "activations": _activations,
-    "covariance": _covariance,
-    "weights": _weights,
-}
-
-
-def _evidence(wanted: _Wanted, given: Seen | None) -> Iterator[Seen]:
-    """What was given for all sites, or what the init's collector finds."""
-    if given is None or wanted.init.needs == "nothing":
-        yield from _COLLECTORS[wanted.init.needs](wanted)
-        return
-    missing = [site.name for site in wanted.sites if site.name not in given]
+def _plan(
+    model: nn.Module, spec: LoRA, method: str, memory_budget: int | None, given: Mapping[str, Any] | None
+) -> Plan:
+    """The plan, in which nothing is collected where evidence was given."""
+    assert isinstance(spec.init, Init)
+    if given is None:
+        return plan(model, spec, method=method, memory_budget=memory_budget)
+    sites = planned_sites(model, spec)
+    missing = [site.name for site in sites if site.name not in given]
     if missing:
-        raise EvidenceError(f"evidence lacks {len(missing)} of {len(wanted.sites)} sites, the first is {missing[0]!r}")
-    for site in wanted.sites:
-        if not isinstance(given[site.name], EVIDENCE[wanted.init.needs]):
+        raise EvidenceError(f"evidence lacks {len(missing)} of {len(sites)} sites, the first is {missing[0]!r}")
+    for site in sites:
+        if not isinstance(given[site.name], EVIDENCE[spec.init.needs]):
             raise EvidenceError(
-                f"{site.name}: init {type(wanted.init).__name__} starts from {wanted.init.needs}, found a "
+                f"{site.name}: init {type(spec.init).__name__} starts from {spec.init.needs}, found a "
                 f"{type(given[site.name]).__name__}; collect that, or pass batches"
             )
-    yield given
+    return Plan(sites, given_evidence(starting_sites(sites, spec)))
 
 
-def _with_ranks(init: Init, sites: Sequence[Site], seen: Seen) -> list[Site]:
-    """The sites with the ranks that the init gives them now; one with rank 0 is left out. Scales stay as planned."""
-    ranks = init.ranks(sites, seen)
-    return [replace(site, rank=ranks[site.name]) for site in sites if ranks[site.name]]
+def _adapters(
+    model: nn.Module,
+    spec: LoRA,
+    planned: Plan,
+    given: Mapping[str, Any] | None,
+    batches: Iterable[Any] | None,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+) -> dict[str, AdapterLayer]:
+    """Site name → adapter layer, one pass's evidence after the other, so that no two are held at a time."""
+    sites = {site.name: site for site in planned}
+    batches = None if batches is None else repeatable(batches, len(planned.evidence.passes))
+    adapters: dict[str, AdapterLayer] = {}
+    for part in planned.evidence.passes:
+        group = [sites[site.name] for site in part.sites]
+        if given is None:
+            adapters |= _started(model, spec, group, collect(model, planned.evidence, part, batches, loss))
+        else:
+            adapters |= _started(model, spec, group, given)
+    return adapters
 
 
-def _adapters(wanted: _Wanted, given: Seen | None) -> dict[str, AdapterLayer]:
-    """Site name → adapter layer: the evidence is collected, ranks are settled, each site gets its start."""
-    variant = wanted.spec.variant
-    assert isinstance(variant, Variant)
-    built: dict[str, AdapterLayer] = {}
-    for seen in _evidence(wanted, given):
-        sites = {s.name: s for s in _with_ranks(wanted.init, [s for s in wanted.sites if s.name in seen], seen)}
-        starting = [variant.starting(site) for site in sites.values()]
-        generators = {name: site_generator(wanted.spec.seed, name) for name in sites}
-        weights = {name: partial(base_matrix, wanted.model.get_submodule(name)) for name in sites}
-        layers: dict[str, AdapterLayer] = {}
-        with torch.no_grad():
-            starts = wanted.init.starts(starting, lambda site: weights[site.name](), seen, generators)  # noqa: B023
-            for site, start in starts:
-                planned, weight = sites[site.name], weights[site.name]()
-                layers[site.name] = _build(planned, weight, site, wanted.spec, start, generators[site.name])
-        built |= {name: layers[name] for name in sites}  # in the model's order
-    return built
+@torch.no_grad()
+def _started(
+    model: nn.Module, spec: LoRA, sites: Sequence[Site], evidence: Mapping[str, Any]
+) -> dict[str, AdapterLayer]:
+    """Site name → adapter layer: ranks are settled, each site gets its start."""
+    assert isinstance(spec.init, Init)
+    ranks = spec.init.ranks(sites, evidence)  # scales stay as planned; a site left with rank 0 carries no adapter
+    settled = {site.name: replace(site, rank=ranks[site.name]) for site in sites if ranks[site.name]}
+    generators = {name: site_generator(spec.seed, name) for name in settled}
 
+    def weight_of(site: Site) -> Tensor:
+        return base_matrix(model.get_submodule(site.name))
 
-def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
-    """The layer's weight as one matrix [out, in], dequantised, in fp32 or finer (a view where it already is)."""
-    weight = kind_of(layer).weight(layer)
-    return at_least_fp32(weight)
+    adapters = {
+        site.name: _build(settled[site.name], weight_of(site), site, spec, start, generators[site.name])
+        for site, start in spec.init.starts(starting_sites(settled.values(), spec), weight_of, evidence, generators)
+    }
+    return {name: adapters[name] for name in settled}  # in the model's order
 
 
 def _build(

@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import nn
 
+from rankwise.collection import Collection, needed_evidence
 from rankwise.errors import TargetError
 from rankwise.inits.base import Init
 from rankwise.layers.kinds import EmbeddingKind, kind_of, kind_or_none
@@ -12,13 +13,22 @@ from rankwise.methods import nearest
 from rankwise.patterns import keys_under, matching, matching_ends, names_by_end, pattern_values
 from rankwise.sites import SAVED, SLOT, Site
 from rankwise.spec import LoRA
+from rankwise.text_table import aligned
 from rankwise.variants.base import Variant
 
 T = TypeVar("T")
 
 
 class Plan(list[Site]):
-    """The sites of a spec on a model, in the model's order; prints as a table."""
+    """The sites of a spec on a model, in the model's order, and what their starts are computed from; prints as tables.
+
+    Attributes:
+        evidence: which evidence is collected, in which passes.
+    """
+
+    def __init__(self, sites: Iterable[Site], evidence: Collection) -> None:
+        super().__init__(sites)
+        self.evidence = evidence
 
     @property
     def parameters(self) -> int:
@@ -32,13 +42,7 @@ class Plan(list[Site]):
             for s in self
         ]
         rows.append((f"{len(self)} sites", "", "", "", "", f"{self.parameters:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return f"{aligned(rows, 2)}\n\n{self.evidence}"
 
 
 @runtime_checkable
@@ -48,14 +52,31 @@ class _HasOutputHead(Protocol):
     def get_output_embeddings(self) -> Any: ...
 
 
-def plan(model: nn.Module, spec: LoRA) -> Plan:
-    """The sites that ``spec`` adapts on ``model``: the dry run of ``attach``.
+def plan(model: nn.Module, spec: LoRA, *, method: str = "auto", memory_budget: int | None = None) -> Plan:
+    """The sites that ``spec`` adapts on ``model``, and the evidence for their starts; nothing is run or changed.
+
+    Args:
+        method, memory_budget: as in :func:`rankwise.attach`.
 
     Raises:
         TargetError: a target matches nothing, only in part, or a module that cannot carry an adapter; a pattern in
             ``rank_pattern``, ``alpha_pattern`` or ``exclude_modules`` matches no target.
         SpecError: a rank that the site or the init cannot serve.
+        EvidenceError: a method or a budget that cannot serve the init.
     """
+    assert isinstance(spec.init, Init)
+    sites = planned_sites(model, spec)
+    return Plan(sites, needed_evidence(starting_sites(sites, spec), spec.init, method, memory_budget))
+
+
+def starting_sites(sites: Iterable[Site], spec: LoRA) -> list[Site]:
+    """The sites with the ranks that their starts have, which a variant that prunes makes larger."""
+    assert isinstance(spec.variant, Variant)
+    return [spec.variant.starting(site) for site in sites]
+
+
+def planned_sites(model: nn.Module, spec: LoRA) -> list[Site]:
+    """The sites alone; errors as for :func:`plan`."""
     modules_saved_whole(model, spec.modules_to_save)
     chosen = target_layers(model, spec.target_modules, spec.exclude_modules, spec.modules_to_save)
     names = list(chosen)
@@ -63,7 +84,7 @@ def plan(model: nn.Module, spec: LoRA) -> Plan:
     alphas = pattern_values("alpha_pattern key", spec.alpha_pattern, names, spec.alpha)
     _check_patterns("rank_pattern", spec.rank_pattern, names)
     _check_patterns("alpha_pattern", spec.alpha_pattern, names)
-    return Plan(_site(name, layer, spec, ranks[name], alphas[name]) for name, layer in chosen.items())
+    return [_site(name, layer, spec, ranks[name], alphas[name]) for name, layer in chosen.items()]
 
 
 def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> Site:
@@ -104,8 +125,8 @@ def target_layers(
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Module path → module, without what adapters have put there."""
-    own = {SLOT, SAVED}
-    return {name: module for name, module in model.named_modules() if own.isdisjoint(name.split("."))}
+    ours = {SLOT, SAVED}
+    return {name: module for name, module in model.named_modules() if ours.isdisjoint(name.split("."))}
 
 
 def modules_saved_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -125,12 +146,12 @@ def modules_saved_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.
 
 def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: set[int]) -> list[str]:
     if targets == "all-linear":
-        found = [n for n, m in modules.items() if _is_linear(m) and id(m) not in heads]
-        if not found:
+        linear = [n for n, m in modules.items() if _is_linear(m) and id(m) not in heads]
+        if not linear:
             raise TargetError("target_modules 'all-linear' matches nothing: the model has no linear layer but its head")
-        return found
-    found_anywhere = _matches("target_modules", modules, targets)
-    matched = [name for name in modules if name in found_anywhere]
+        return linear
+    targeted = _matches("target_modules", modules, targets)
+    matched = [name for name in modules if name in targeted]
     for name in matched:
         if kind_or_none(modules[name]) is None:
             raise TargetError(
@@ -155,23 +176,23 @@ def _output_heads(model: nn.Module) -> set[int]:
 def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:
     """Paths that a regular expression matches whole, or that a list of (last parts of) names matches."""
     if isinstance(patterns, str):
-        found = matching(field, patterns, list(modules))
-        if not found:
+        matched = matching(field, patterns, list(modules))
+        if not matched:
             raise TargetError(
                 f"{field} {patterns!r} matches no module as a regular expression of the whole path; "
                 f"for module names give a list such as [{patterns!r}]; the model has {_examples(modules)}"
             )
-        return found
+        return matched
     by_end = names_by_end(modules)
     hits = {p: by_end.get(p, set()) for p in patterns}
     missing = [p for p, names in hits.items() if not names]
     if missing:
         known = {name.rpartition(".")[2] for name in modules if kind_or_none(modules[name])}
         hints = "".join(nearest(p, known) for p in missing[:1])
-        matched = [p for p in hits if p not in missing]
+        others = [p for p in hits if p not in missing]
         raise TargetError(
             f"{field}: {', '.join(map(repr, missing))} match no module"
-            + (f" (while {', '.join(map(repr, matched))} do)" if matched else "")
+            + (f" (while {', '.join(map(repr, others))} do)" if others else "")
             + f"{hints}; the model has {_examples(modules)}"
         )
     return set().union(*hits.values()) if hits else set()
@@ -183,6 +204,6 @@ def _examples(modules: dict[str, nn.Module]) -> str:
 
 
 def _check_patterns(field: str, pattern: Mapping[str, Any], chosen: Sequence[str]) -> None:
-    for key, found in matching_ends(field, pattern, chosen).items():
-        if not found:
+    for key, matched in matching_ends(field, pattern, chosen).items():
+        if not matched:
             raise TargetError(f"{field} key {key!r} matches none of the adapted modules")

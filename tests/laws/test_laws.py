@@ -29,9 +29,8 @@ from zoo import (
 
 import rankwise as rw
 from rankwise.adapted.slots import adapter_layers
-from rankwise.attaching import base_matrix
 from rankwise.inits import INITS
-from rankwise.layers.kinds import kind_of
+from rankwise.layers.kinds import base_matrix, kind_of
 from rankwise.scaling import SCALINGS
 
 LAST = list(SCALINGS)[-1]

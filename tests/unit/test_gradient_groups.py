@@ -67,10 +67,10 @@ def test_auto_takes_exact_gradients_where_they_fit_and_says_why(caplog: pytest.L
     caplog.set_level(logging.INFO, "rankwise")
     found = rw.gradients(network(), DATA, method="auto", loss=loss)
     assert type(found["0"]).__name__ == "ExactGradient"
-    assert "gradients: exact, as the exact ones take 0.00 GiB for 3 layers" in caplog.text
+    assert "exact gradients for 3 sites: the exact ones take 0.00 GiB for 3 layers" in caplog.text
     found = rw.gradients(network(), DATA, method="auto", rank=2, loss=loss, memory_budget=1000)
     assert type(found["0"]).__name__ == "SketchedGradient"
-    assert "gradients: sketch" in caplog.text
+    assert "sketched gradients for 3 sites: the exact ones take" in caplog.text
 
 
 def test_attach_sketches_where_the_gradients_do_not_fit() -> None:

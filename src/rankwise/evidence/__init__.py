@@ -5,13 +5,12 @@ from rankwise.evidence.activations import (
     InputDirections,
     activations,
     covariances,
-    input_covariances,
-    input_directions,
 )
+from rankwise.evidence.collecting import collect
 from rankwise.evidence.exact import ExactGradient, exact_gradients
-from rankwise.evidence.gradients import gradients
+from rankwise.evidence.gradients import collect_gradients, gradients
 from rankwise.evidence.sketch import SketchedGradient
-from rankwise.evidence.weights import stored_weights, weights
+from rankwise.evidence.weights import weights
 
 __all__ = [
     "ExactGradient",
@@ -19,11 +18,10 @@ __all__ = [
     "InputDirections",
     "SketchedGradient",
     "activations",
+    "collect",
+    "collect_gradients",
     "covariances",
     "exact_gradients",
     "gradients",
-    "input_covariances",
-    "input_directions",
-    "stored_weights",
     "weights",
 ]

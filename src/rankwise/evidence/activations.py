@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.algebra.svd import truncated_svd
+from rankwise.collection import EXTRA_DIRECTIONS
 from rankwise.errors import EvidenceError, NonFiniteActivation
-from rankwise.evidence.processes import failing_together, gathered, process_count, summed, total
+from rankwise.evidence.processes import everyones, failing_together, process_count, summed, total
 from rankwise.evidence.undisturbed import each_batch, hooked, layer_input, run_forward, undisturbed
 from rankwise.layers.kinds import kind_of
 from rankwise.planning import target_layers
 from rankwise.shapes import Float
 
 Forward = Callable[[nn.Module, Any], Any]
-OVERSAMPLE = 8  # directions kept beyond the wanted ones while batches come in, so that these are accurate
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +101,10 @@ def input_directions(
     forward: Forward | None = None,
 ) -> dict[str, InputDirections]:
     """:func:`activations` for layers that are already chosen, each with its own number of directions."""
-    running = {name: RunningSVD(ranks[name] + OVERSAMPLE) for name in layers}
+    running = {name: RunningSVD(ranks[name] + EXTRA_DIRECTIONS) for name in layers}
     run_inputs(model, layers, batches, forward, running)
-    for name, layer in layers.items():
-        running[name].join(kind_of(layer).shape(layer)[1])
+    for name in layers:
+        running[name].join()
     return {name: running[name].leading(ranks[name], name) for name in layers}
 
 
@@ -171,24 +171,15 @@ class RunningSVD:
         self.variance += variance
         self.count += count
 
-    def join(self, width: int) -> None:
-        """Make it the directions of all processes' rows, of ``width`` numbers each."""
+    def join(self) -> None:
+        """Make it the directions of all processes' rows."""
         if process_count() == 1:
             return
-        scaled = torch.zeros(self.width, width)
-        if self.count:
-            scaled[: len(self.s)] = (self.s[:, None] * self.v.T).cpu()
-        mean = self.mean.cpu() if self.count else torch.zeros(width)
-        parts = zip(
-            gathered(torch.tensor([float(self.count), self.variance], dtype=torch.float64)),
-            gathered(mean),
-            gathered(scaled),
-            strict=True,
-        )
+        scaled = (self.s[:, None] * self.v.T).cpu() if self.count else self.v
         joined = RunningSVD(self.width)
-        for (count, variance), other_mean, other_scaled in parts:
+        for count, variance, mean, rows in everyones((self.count, self.variance, self.mean.cpu(), scaled)):
             if count:
-                joined._take(int(count), float(variance), other_mean, other_scaled)
+                joined._take(count, variance, mean, rows)
         vars(self).update(vars(joined))
 
     def leading(self, k: int, name: str) -> InputDirections:

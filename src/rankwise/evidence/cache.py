@@ -10,10 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rankwise.collection import Collection
 from rankwise.errors import BrokenFile, EvidenceError
+from rankwise.evidence.backward import Loss
 from rankwise.evidence.exact import ExactGradient
 from rankwise.evidence.processes import everyones, process_number
 from rankwise.evidence.sketch import SketchedGradient
+from rankwise.evidence.undisturbed import each_batch, undisturbed
 from rankwise.tensor_files import read_tensors, write_tensors
 
 Gradients = Mapping[str, ExactGradient] | Mapping[str, SketchedGradient]
@@ -27,7 +30,7 @@ _WHAT = {
 }
 
 
-def cached(path: Path, found: Fingerprint, collect: Callable[[], Gradients]) -> Gradients:
+def cached(path: Path, settings: Fingerprint, collect: Callable[[], Gradients]) -> Gradients:
     """What the file holds if it was collected under this fingerprint; a new file if there is none.
 
     Raises:
@@ -35,16 +38,19 @@ def cached(path: Path, found: Fingerprint, collect: Callable[[], Gradients]) -> 
         BrokenFile, NonFiniteTensor: it cannot be trusted.
     """
     if path.exists():
-        _check(path, found)
+        _check(path, settings)
         return _unpacked(read_tensors(path))
     evidence = collect()
     if process_number() == 0:
-        write_tensors(path, _packed(evidence), {_KEY: json.dumps(found)})
+        write_tensors(path, _packed(evidence), {_KEY: json.dumps(settings)})
     return evidence
 
 
-def fingerprint(model: nn.Module, batches: Iterable[Any], settings: Mapping[str, Any]) -> Fingerprint:
-    """Hashes of all tensors of the model, of all processes' batches, and the settings as text."""
+def fingerprint(model: nn.Module, collection: Collection, batches: Iterable[Any], loss: Loss | None) -> Fingerprint:
+    """Hashes of all tensors of the model and of all processes' batches; what is collected, as text.
+
+    Another loss function is recognised by its value on the first batch, whatever its name.
+    """
     weights, data = hashlib.sha256(), hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
@@ -52,15 +58,23 @@ def fingerprint(model: nn.Module, batches: Iterable[Any], settings: Mapping[str,
             _hash_tensor(weights, tensor)
     for batch in batches:
         _hash_value(data, batch)
+    sites = {site.name: part.directions.get(site.name) for part in collection.passes for site in part.sites}
+    sweeps = max(part.sweeps for part in collection.passes)
     return {
         "weights": _joined(weights.hexdigest()),
         "data": _joined(data.hexdigest()),
-        "settings": json.dumps(settings, sort_keys=True),
+        "settings": json.dumps({"kind": collection.kind, "sweeps": sweeps, "directions": sites}),
+        "loss": "" if loss is None else _first_value(model, batches, loss),
     }
 
 
+def _first_value(model: nn.Module, batches: Iterable[Any], loss: Loss) -> str:
+    with undisturbed(model), torch.no_grad():
+        return f"{float(loss(model, next(iter(each_batch(batches))))):.3e}"
+
+
 def _joined(digest: str) -> str:
-    return hashlib.sha256("".join(str(each) for each in everyones(digest)).encode()).hexdigest()
+    return hashlib.sha256("".join(str(share) for share in everyones(digest)).encode()).hexdigest()
 
 
 def _hash_value(digest: Any, value: Any) -> None:
@@ -84,9 +98,9 @@ def _hash_value(digest: Any, value: Any) -> None:
 
 
 def _hash_tensor(digest: Any, tensor: Tensor) -> None:
-    own = _local(tensor.detach())
-    digest.update(f"{own.dtype} {tuple(own.shape)}".encode())
-    digest.update(own.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    local = _local(tensor.detach())
+    digest.update(f"{local.dtype} {tuple(local.shape)}".encode())
+    digest.update(local.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -102,25 +116,25 @@ def _check(path: Path, expected: Fingerprint) -> None:
     try:
         with safe_open(path, framework="pt") as stream:
             written = (stream.metadata() or {}).get(_KEY)
-        found = json.loads(written or "")
+        settings = json.loads(written or "")
     except (SafetensorError, OSError, ValueError) as error:  # whatever a file of another kind leads the reader to
         raise BrokenFile(f"{path}: not a file of cached gradients ({error}); name another cache") from None
     for key, what in _WHAT.items():
-        if found.get(key) != expected[key]:
+        if settings.get(key) != expected[key]:
             raise EvidenceError(
                 f"{path}: the gradients in it were collected with {what}: expected {expected[key]}, found "
-                f"{found.get(key)}; delete the file to collect anew, or name another cache"
+                f"{settings.get(key)}; delete the file to collect anew, or name another cache"
             )
 
 
 def _packed(evidence: Gradients) -> dict[str, Tensor]:
     tensors = {}
-    for name, each in evidence.items():
-        if isinstance(each, ExactGradient):
-            tensors[f"{name}.matrix"] = each.matrix
+    for name, gradient in evidence.items():
+        if isinstance(gradient, ExactGradient):
+            tensors[f"{name}.matrix"] = gradient.matrix
         else:
-            tensors |= {f"{name}.U": each.U, f"{name}.S": each.S, f"{name}.V": each.V}
-            tensors[f"{name}.missed"] = torch.tensor(each.missed, dtype=torch.float64)
+            tensors |= {f"{name}.U": gradient.U, f"{name}.S": gradient.S, f"{name}.V": gradient.V}
+            tensors[f"{name}.missed"] = torch.tensor(gradient.missed, dtype=torch.float64)
     return tensors
 
 

@@ -1,6 +1,6 @@
 """Exact weight gradients: G = dYᵀX of each layer, summed over batches in fp32."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.algebra.svd import truncated_svd
-from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
+from rankwise.errors import NoGradient, NonFiniteGradient
 from rankwise.evidence.backward import Loss, run_backward
 from rankwise.evidence.processes import summed
 from rankwise.layers.kinds import kind_of
@@ -25,6 +25,10 @@ class ExactGradient:
 
     matrix: Float[Tensor, "out in"]
 
+    def cpu(self) -> "ExactGradient":
+        """The same on the CPU."""
+        return ExactGradient(self.matrix.cpu())
+
     @property
     def energy(self) -> float:
         """‖G‖²_F."""
@@ -33,36 +37,6 @@ class ExactGradient:
     def svd(self, k: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, " k"], Float[Tensor, "in k"]]:
         """The k leading singular triplets: U [out, k], S [k] descending, V [in, k]."""
         return truncated_svd(self.matrix, k, torch.Generator().manual_seed(0))
-
-
-def gradient_bytes(layer: nn.Module) -> int:
-    """What one layer's G takes in fp32."""
-    out, into = kind_of(layer).shape(layer)
-    return 4 * out * into
-
-
-def groups_within(layers: Mapping[str, nn.Module], budget: int | None) -> Iterator[dict[str, nn.Module]]:
-    """The layers in groups whose gradients take at most ``budget`` bytes, in the model's order; None: one group.
-
-    Raises:
-        EvidenceError: one layer alone takes more.
-    """
-    group: dict[str, nn.Module] = {}
-    used = 0
-    for name, layer in layers.items():
-        size = gradient_bytes(layer)
-        if budget is not None and size > budget:
-            raise EvidenceError(
-                f"{name}: its exact gradient alone takes {size} bytes, expected at most memory_budget={budget}; raise "
-                f"the budget, or use method='sketch'"
-            )
-        if budget is not None and used + size > budget:
-            yield group
-            group, used = {}, 0
-        group[name] = layer
-        used += size
-    if group:
-        yield group
 
 
 def exact_gradients(

@@ -1,28 +1,23 @@
 """``rw.gradients``: the weight gradients of chosen layers as evidence, exact or sketched."""
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from rankwise.collection import SKETCH_OVERSAMPLE, Collection, gradient_collection
 from rankwise.errors import EvidenceError
 from rankwise.evidence.backward import Loss
 from rankwise.evidence.cache import Gradients, cached, fingerprint
-from rankwise.evidence.exact import ExactGradient, exact_gradients, gradient_bytes, groups_within
-from rankwise.evidence.sketch import SketchedGradient, sketched_gradients
-from rankwise.evidence.undisturbed import each_batch, repeatable, undisturbed
-from rankwise.methods import nearest
+from rankwise.evidence.collecting import collect
+from rankwise.evidence.undisturbed import repeatable
+from rankwise.layers.kinds import kind_of
 from rankwise.planning import target_layers
-
-log = logging.getLogger("rankwise")
-
-GRADIENT_METHODS = ("auto", "exact", "sketch")
-OVERSAMPLE = 4  # a sketch keeps this many times the adapter's rank; LoRA-GA uses twice the rank
-AUTO_BUDGET = 2 * 2**30  # bytes of gradients up to which "auto" takes the exact ones
-LOW_ENERGY = 0.5  # share of ‖G‖² below which the directions that are kept are few for this layer
+from rankwise.sites import Site
 
 
 def gradients(
@@ -32,7 +27,7 @@ def gradients(
     method: str = "exact",
     *,
     rank: int = 8,
-    oversample: int = OVERSAMPLE,
+    oversample: int = SKETCH_OVERSAMPLE,
     passes: int = 1,
     memory_budget: int | None = None,
     device: torch.device | str | None = None,
@@ -69,116 +64,36 @@ def gradients(
         raise EvidenceError(
             f"a sketch needs rank ≥ 1, oversample ≥ 1 and 1 or 2 passes, found {rank=}, {oversample=}, {passes=}"
         )
-    layers = target_layers(model, target_modules)
-    chosen = choose_method(method, layers, memory_budget)
-    if chosen == "sketch":
-        widths = dict.fromkeys(layers, oversample * rank)
-        settings: dict[str, Any] = {"method": chosen, "directions": oversample * rank, "passes": passes}
-
-        def collect(batches: Iterable[Any]) -> Gradients:
-            return sketch_with_warning(model, layers, batches, widths, loss, passes=passes)
-
-    else:
-        settings = {"method": chosen}
-
-        def collect(batches: Iterable[Any]) -> Gradients:
-            return _exact(model, layers, batches, loss, memory_budget, device)
-
-    if cache is None:
-        return collect(batches)
-    listed = batches if isinstance(batches, Sequence) else list(each_batch(batches))
-    found = fingerprint(model, listed, settings | {"layers": list(layers)})
-    found["loss"] = "" if loss is None else _first_value(model, listed, loss)
-    return cached(Path(cache), found, lambda: collect(listed))
+    sites = []
+    for name, layer in target_layers(model, target_modules).items():
+        kind = kind_of(layer)
+        sites.append(Site(name, kind.name, kind.shape(layer), rank, 1.0))
+    if method == "exact" and memory_budget is None:
+        memory_budget = sys.maxsize  # all gradients are returned together, so only a device's memory limits them
+    collection = gradient_collection(sites, method, memory_budget, oversample=oversample, sweeps=passes)
+    return collect_gradients(model, collection, batches, loss, device=device, cache=cache)
 
 
-def _first_value(model: nn.Module, batches: Iterable[Any], loss: Loss) -> str:
-    """By which another loss function is recognised, whatever its name: its value on the first batch."""
-    with undisturbed(model), torch.no_grad():
-        return f"{float(loss(model, next(iter(each_batch(batches))))):.3e}"
-
-
-def _exact(
+def collect_gradients(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    collection: Collection,
     batches: Iterable[Any],
-    loss: Loss | None,
-    memory_budget: int | None,
-    device: torch.device | str | None,
-) -> dict[str, ExactGradient]:
-    found: dict[str, ExactGradient] = {}
-    groups = list(groups_within(layers, memory_budget))
-    home = torch.device("cpu") if len(groups) > 1 else device
-    for part in exact_in_groups(model, groups, batches, loss, device):
-        found |= {name: ExactGradient(each.matrix.to(home)) for name, each in part.items()}
-    return found
-
-
-def choose_method(
-    method: str, layers: Mapping[str, nn.Module], memory_budget: int | None, *, whole: bool = False
-) -> Literal["exact", "sketch"]:
-    """What "auto" stands for, with a line in the log that says why.
-
-    Args:
-        whole: G itself is needed, not its leading directions only.
-
-    Raises:
-        EvidenceError: no such method, or a sketch where G itself is needed.
-    """
-    if method not in GRADIENT_METHODS:
-        raise EvidenceError(
-            f"method must be one of {', '.join(GRADIENT_METHODS)}, found {method!r}{nearest(method, GRADIENT_METHODS)}"
-        )
-    if whole and method == "sketch":
-        raise EvidenceError(
-            "this start needs the gradients themselves: expected method 'exact' or 'auto', not 'sketch'"
-        )
-    if method == "exact":
-        return "exact"
-    if method == "sketch":
-        return "sketch"
-    needed = sum(gradient_bytes(layer) for layer in layers.values())
-    budget = AUTO_BUDGET if memory_budget is None else memory_budget
-    sizes = f"{needed / 2**30:.2f} GiB for {len(layers)} layers, the budget is {budget / 2**30:.2f} GiB"
-    if whole:
-        log.info("gradients: exact, as the start needs them whole (%s)", sizes)
-        return "exact"
-    chosen: Literal["exact", "sketch"] = "exact" if needed <= budget else "sketch"
-    log.info("gradients: %s, as the exact ones take %s", chosen, sizes)
-    return chosen
-
-
-def exact_in_groups(
-    model: nn.Module,
-    groups: Iterable[Mapping[str, nn.Module]],
-    batches: Iterable[Any],
-    loss: Loss | None,
-    device: torch.device | str | None = None,
-) -> Iterator[dict[str, ExactGradient]]:
-    """The exact gradients of one group of layers after the other, each from a pass over the same batches."""
-    groups = list(groups)
-    batches = repeatable(batches, len(groups))
-    for group in groups:
-        yield exact_gradients(model, group, batches, loss, device=device)
-
-
-def sketch_with_warning(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Iterable[Any],
-    widths: Mapping[str, int],
-    loss: Loss | None,
+    loss: Loss | None = None,
     *,
-    passes: int = 1,
-) -> dict[str, SketchedGradient]:
-    """Sketched gradients, with a warning that names the layers where they hold little of the energy."""
-    found = sketched_gradients(model, layers, batches, widths, loss, passes=passes)
-    low = {name: each.captured for name, each in found.items() if each.captured < LOW_ENERGY}
-    if low:
-        worst = min(low, key=low.__getitem__)
-        log.warning(
-            "gradients: in %d of %d layers the sketch holds less than %.0f %% of the gradient's energy (least in %s, "
-            "%.0f %%): a higher rank would capture more of the first step there",
-            *(len(low), len(found), 100 * LOW_ENERGY, worst, 100 * low[worst]),
-        )
-    return found
+    device: torch.device | str | None = None,
+    cache: str | Path | None = None,
+) -> Gradients:
+    """The gradients of all passes together; of several passes, on the CPU. Arguments are those of :func:`gradients`."""
+    if cache is not None:
+        batches = repeatable(batches, 2)  # hashed once, collected from once
+        settings = fingerprint(model, collection, batches, loss)
+        anew = partial(collect_gradients, model, collection, batches, loss, device=device)
+        return cached(Path(cache), settings, anew)
+    several = len(collection.passes) > 1
+    batches = repeatable(batches, len(collection.passes))
+    evidence: dict[str, Any] = {}
+    for part in collection.passes:
+        gradients = collect(model, collection, part, batches, loss, device=device)
+        evidence |= {name: gradient.cpu() for name, gradient in gradients.items()} if several else gradients
+        del gradients  # before the next pass: only one pass's lie on the device
+    return evidence

@@ -5,12 +5,15 @@ In a single process each function returns what it was given.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from rankwise.errors import EvidenceError, RankwiseError
+
+T = TypeVar("T")
 
 
 def process_count() -> int:
@@ -23,11 +26,11 @@ def process_number() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
-def everyones(value: str | None) -> list[str | None]:
-    """Every process's text."""
+def everyones(value: T) -> list[T]:
+    """Every process's value; tensors travel on the CPU."""
     values = [value]
     if process_count() > 1:
-        values = [None] * process_count()
+        values = values * process_count()
         dist.all_gather_object(values, value)
     return values
 
@@ -46,16 +49,6 @@ def total(count: int) -> int:
     return int(summed(torch.tensor(count)))
 
 
-def gathered(tensor: Tensor) -> list[Tensor]:
-    """Every process's tensor; all have this shape."""
-    if process_count() == 1:
-        return [tensor]
-    shared = tensor.detach().to(_meeting_place()).contiguous()
-    everyones = [torch.empty_like(shared) for _ in range(process_count())]
-    dist.all_gather(everyones, shared)
-    return [each.to(tensor.device) for each in everyones]
-
-
 @contextmanager
 def failing_together() -> Iterator[None]:
     """Where one process fails, all do: none is left waiting for the others.
@@ -66,8 +59,8 @@ def failing_together() -> Iterator[None]:
     error: RankwiseError | None = None
     try:
         yield
-    except RankwiseError as found:
-        error = found
+    except RankwiseError as failure:
+        error = failure
     messages = everyones(None if error is None else str(error))
     if error is not None:
         raise error

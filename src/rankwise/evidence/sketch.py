@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank
+from rankwise.collection import PROBES
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.backward import Loss, run_backward
-from rankwise.evidence.processes import gathered, process_count, summed, total
+from rankwise.evidence.processes import everyones, process_count, summed, total
 from rankwise.evidence.undisturbed import repeatable
 from rankwise.layers.increments import Increment
 from rankwise.layers.kinds import kind_of
@@ -29,7 +29,6 @@ from rankwise.shapes import Float
 from rankwise.sites import site_generator
 
 FRESH = 4  # one fresh random direction for so many kept ones
-PROBES = 8  # fixed random directions by which the energy that the factor misses is estimated
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +118,9 @@ class _Running:
         """Make it the factor of the sum over all processes: their factors side by side, compressed again."""
         if process_count() == 1:
             return
-        short = self.width - len(self.S)  # a process with few or no gradients holds fewer directions
-        images, V = F.pad(self.U * self.S, (0, short)), F.pad(self.V, (0, short))
-        joined = LowRank(torch.cat(gathered(images), 1), torch.cat(gathered(V), 1).T)
-        U, S, V = joined.svd()
+        parts = everyones(((self.U * self.S).cpu(), self.V.cpu()))
+        images, V = (torch.cat(halves, 1).to(self.V.device) for halves in zip(*parts, strict=True))
+        U, S, V = LowRank(images, V.T).svd()
         kept = int((S[: self.width] > S[0] * 1e-6).sum())  # zero columns leave rounding behind
         self.U, self.S, self.V = U[:, :kept], S[:kept], V[:, :kept]
         self.probed = summed(self.probed)
@@ -211,22 +209,22 @@ def sketched_gradients(
     widths: Mapping[str, int],
     loss: Loss | None = None,
     *,
-    passes: int = 1,
+    sweeps: int = 1,
 ) -> dict[str, SketchedGradient]:
     """A factor of each layer's mean gradient over the batches.
 
     Args:
         widths: site → k, the directions kept; four times the adapter's rank serves LoRA-GA.
-        passes: 2 goes over the same batches again for a closer factor.
+        sweeps: 2 goes over the same batches again for a closer factor.
 
     Raises:
         EvidenceError: see :func:`rankwise.gradients`.
     """
-    batches = repeatable(batches, passes)
+    batches = repeatable(batches, sweeps)
     running = _Factors(layers, widths)
     count = run_backward(model, layers, batches, loss, running.add)
     running.join()
-    for _ in range(passes - 1):
+    for _ in range(sweeps - 1):
         running.hold_still()
         run_backward(model, layers, batches, loss, running.add)
         running.join()

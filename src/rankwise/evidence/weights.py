@@ -21,8 +21,8 @@ def weights(model: nn.Module, target_modules: str | Iterable[str] = "all-linear"
     Args:
         model: the full-precision model with the same module paths as the quantised one.
     """
-    found: dict[str, Any] = dict(target_layers(model, target_modules))
-    return {name: kind_of(layer).matrix(layer, layer.weight.detach()) for name, layer in found.items()}
+    layers: dict[str, Any] = dict(target_layers(model, target_modules))
+    return {name: kind_of(layer).matrix(layer, layer.weight.detach()) for name, layer in layers.items()}
 
 
 def stored_weights(reference: str | Path, layers: dict[str, nn.Module]) -> dict[str, Float[Tensor, "out in"]]:
@@ -38,16 +38,16 @@ def stored_weights(reference: str | Path, layers: dict[str, nn.Module]) -> dict[
     }
 
 
-def _files(where: Path, keys: list[str]) -> dict[str, Path]:
+def _files(reference: Path, keys: list[str]) -> dict[str, Path]:
     """Tensor name → the file that should hold it."""
-    index = where / "model.safetensors.index.json"
+    index = reference / "model.safetensors.index.json"
     if not index.is_file():
-        return dict.fromkeys(keys, where / "model.safetensors" if where.is_dir() else where)
+        return dict.fromkeys(keys, reference / "model.safetensors" if reference.is_dir() else reference)
     listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     missing = [key for key in keys if key not in listed]
     if missing:
         raise EvidenceError(f"{index}: lists no {missing[0]} ({len(missing)} missing in all); is it another model's?")
-    return {key: where / listed[key] for key in keys}
+    return {key: reference / listed[key] for key in keys}
 
 
 def _read(file: Path, key: str) -> Tensor:

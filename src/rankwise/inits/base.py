@@ -95,11 +95,13 @@ class Init(ABC):
     Attributes:
         needs: what it must have seen: of the training data ("gradients", "activations", their "covariance"), or the
             original "weights" of a quantised base.
+        reference: a file that the original weights can be read from, where ``needs`` is "weights".
         keeps_function: whether the model's function at the start is the base's. Where it is not, changing it is what
             the method is for, and ``Start.cancel`` is False.
     """
 
     needs: ClassVar[EvidenceNeed] = "nothing"
+    reference: str | None = None
     keeps_function: ClassVar[bool] = True
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.algebra.precision import fp32_or_finer
+from rankwise.algebra.precision import at_least_fp32, fp32_or_finer
 from rankwise.errors import EvidenceError, TargetError
 from rankwise.layers.increments import Dense, Increment, Outer
 from rankwise.layers.low_rank_product import add_low_rank, as_rows
@@ -271,6 +271,11 @@ def kind_or_none(layer: nn.Module) -> Kind | None:
     if ("transformers.pytorch_utils", "Conv1D") in {(c.__module__, c.__name__) for c in type(layer).__mro__}:
         return CONV1D  # by name: the core does not import transformers
     return None
+
+
+def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
+    """The layer's weight as one matrix [out, in], dequantised, in fp32 or finer (a view where it already is)."""
+    return at_least_fp32(kind_of(layer).weight(layer))
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -192,6 +192,11 @@ class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, Adapt
     16
     """
 
+    @property
+    def memory_budget(self) -> int | None:
+        """``init_memory`` in bytes."""
+        return None if self.init_memory is None else int(self.init_memory * 2**30)
+
     def section(self, fields: type[_Section]) -> dict[str, Any]:
         """The values of one section, as plain data."""
         return {name: getattr(self, name) for name in fields.model_fields}

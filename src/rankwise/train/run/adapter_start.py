@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice, advise_ranks, step_spectrum
 from rankwise.errors import RecipeError
+from rankwise.evidence import collect_gradients
 from rankwise.inits.base import Init
 from rankwise.train.data.dataset import Batch
 from rankwise.train.recipe import Recipe
 from rankwise.train.tasks.base import Loaded
 from rankwise.train.trainer.trainer import AdapterTrainer
 
-_GIB = 2**30
 ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
 
 
@@ -44,33 +44,17 @@ def attach(loaded: Loaded, batches: Sequence[Batch], console: Console) -> None:
             f"init such as lora-ga, or no cache"
         )
     with with_bar(batches, "Computing the adapter's start", console) as watched:
-        evidence = _gradients(loaded, watched, init) if recipe.init_cache else None
+        evidence = None
+        if recipe.init_cache:
+            evidence = collect_gradients(loaded.model, loaded.sites.evidence, watched, cache=recipe.init_cache)
         rw.attach(
             loaded.model,
             loaded.spec,
             batches=watched,
             evidence=evidence,
             method=recipe.init_method,
-            memory_budget=_budget(recipe),
+            memory_budget=recipe.memory_budget,
         )
-
-
-def _gradients(loaded: Loaded, batches: Sequence[Batch], init: Init) -> Mapping[str, Any]:
-    recipe = loaded.recipe
-    method = "exact" if init.needs_whole_gradient and recipe.init_method == "auto" else recipe.init_method
-    return rw.gradients(
-        loaded.model,
-        batches,
-        [site.name for site in loaded.sites],
-        method,
-        rank=max(site.rank for site in loaded.sites),
-        memory_budget=_budget(recipe),
-        cache=recipe.init_cache,
-    )
-
-
-def _budget(recipe: Recipe) -> int | None:
-    return None if recipe.init_memory is None else int(recipe.init_memory * _GIB)
 
 
 def advise(
@@ -94,11 +78,11 @@ def advise(
             list(shapes),
             loaded.recipe.init_method,
             rank=largest,
-            memory_budget=_budget(loaded.recipe),
+            memory_budget=loaded.recipe.memory_budget,
             cache=loaded.recipe.init_cache,
         )
-        spectra = {name: step_spectrum(each, largest) for name, each in evidence.items()}
-    return {name: each.shares.tolist() for name, each in spectra.items()}, advise_ranks(spectra, shapes, budget)
+        spectra = {name: step_spectrum(gradient, largest) for name, gradient in evidence.items()}
+    return {name: spectrum.shares.tolist() for name, spectrum in spectra.items()}, advise_ranks(spectra, shapes, budget)
 
 
 class _BatchesWithBar(Sequence[Batch]):

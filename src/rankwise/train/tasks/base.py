@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
+from rankwise.planning import Plan
 from rankwise.train.data.dataset import Batch, Data
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import AdapterFields, Recipe
@@ -27,7 +28,7 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: rw.LoRA
-    sites: Sequence[rw.Site]
+    sites: Plan
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class CausalLM(Task):
     def load(self, recipe: Recipe) -> Loaded:
         model, tokenizer = load_pretrained(recipe.model, dtype=recipe.dtype, quantization=recipe.quantization)
         spec = spec_of(recipe)
-        return Loaded(recipe, model, tokenizer, spec, rw.plan(model, spec))
+        planned = rw.plan(model, spec, method=recipe.init_method, memory_budget=recipe.memory_budget)
+        return Loaded(recipe, model, tokenizer, spec, planned)
 
     def check(self, loaded: Loaded, data: Data) -> None:
         preflight.check_reached(loaded.model, loaded.sites)

@@ -47,7 +47,8 @@ class Classification(Task):
         )
         whole = list(dict.fromkeys([*recipe.modules_to_save, *head]))
         spec = spec_of(recipe.model_copy(update={"modules_to_save": whole}))
-        return Loaded(recipe, model, tokenizer, spec, rw.plan(model, spec))
+        planned = rw.plan(model, spec, method=recipe.init_method, memory_budget=recipe.memory_budget)
+        return Loaded(recipe, model, tokenizer, spec, planned)
 
     def check(self, loaded: Loaded, data: Data) -> None:
         _check_form(data.format)
