@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.shapes import Float
 
-SLOT = "rankwise"  # the child module's name on an adapted layer
-SAVED = "rankwise_saved"  # the child module's name on a module that owns such tensors
+ADAPTED = "_rankwise"  # the plain attribute on a model that carries adapters
+SLOT = "rankwise"  # the child module on an adapted layer
+WHOLE = "rankwise_whole"  # the child module on a module that is trained whole
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,23 @@ class Site:
     def parameters(self) -> int:
         """Trained numbers of a plain pair here: r (out + in)."""
         return self.rank * sum(self.shape)
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path → module, as ``model.named_modules()`` has them, without what adapters have put there."""
+    modules: dict[str, nn.Module] = {}
+    visited: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in visited:
+            continue
+        visited.add(module)
+        modules[path] = module
+        for name, child in reversed(module._modules.items()):
+            if child is not None and name not in (SLOT, WHOLE):
+                waiting.append((f"{path}.{name}".removeprefix("."), child))
+    return modules
 
 
 def site_generator(seed: int, site_name: str) -> torch.Generator:

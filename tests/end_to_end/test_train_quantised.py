@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 import rankwise as rw
-from rankwise.attaching import base_matrix
+from rankwise.layers.kinds import base_matrix
 from rankwise.train import demo
 from rankwise.train.model.pretrained import load_pretrained
 from rankwise.train.run import run

@@ -11,7 +11,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankwise as rw
-from rankwise.attaching import base_matrix
+from rankwise.layers.kinds import base_matrix
 
 IDS = torch.randint(32, (3, 2, 9), generator=torch.Generator().manual_seed(0))
 BATCHES = [{"input_ids": ids, "labels": ids} for ids in IDS]

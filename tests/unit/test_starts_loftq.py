@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.attaching import base_matrix
 from rankwise.errors import EvidenceError
+from rankwise.layers.kinds import base_matrix
 
 
 class Chain(nn.Module):

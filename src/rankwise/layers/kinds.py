@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankwise.algebra.precision import fp32_or_finer
+from rankwise.algebra.precision import at_least_fp32, fp32_or_finer
 from rankwise.errors import EvidenceError, TargetError
 from rankwise.layers.increments import Dense, Increment, Outer
 from rankwise.layers.low_rank_product import add_low_rank, as_rows
@@ -280,3 +280,8 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
         for name, parameter in module._parameters.items():
             owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
     return owners
+
+
+def base_matrix(layer: nn.Module) -> Float[Tensor, "out in"]:
+    """The layer's weight as one matrix [out, in], dequantised, in fp32 or finer (a view where it already is)."""
+    return at_least_fp32(kind_of(layer).weight(layer))
