@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapted.adapted import Adapted, base_root, check_new_name, install, switched_off
+from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
 from rankwise.adapted.folded_start import check_foldable, fold_starts
 from rankwise.adapted.whole_modules import check_copyable
 from rankwise.errors import AttachError, EvidenceError, SpecError
@@ -85,7 +85,8 @@ def attach(
         check_foldable(root, planned)
     with switched_off(model):
         layers = _adapters(_Wanted(root, spec, planned, batches, loss, method, memory_budget), evidence)
-    adapted = install(model, name, spec, layers, trainable=True, whole=dict.fromkeys(whole))
+    adapted = Adapted.ensure(model)
+    adapted.add(name, spec, layers, dict.fromkeys(whole), trainable=True)
     if spec.anchor == "fold":
         fold_starts(adapted, layers)
     return model

@@ -1,7 +1,7 @@
 """Site: one place that an adapter goes to. Start: the pair that its training starts from."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -39,19 +39,16 @@ class Site:
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Module path → module, as ``model.named_modules()`` has them, without what adapters have put there."""
-    modules: dict[str, nn.Module] = {}
-    visited: set[nn.Module] = set()
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if module in visited:
-            continue
+    return dict(_base_modules(model, "", set()))
+
+
+def _base_modules(module: nn.Module, path: str, visited: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module not in visited:
         visited.add(module)
-        modules[path] = module
-        for name, child in reversed(module._modules.items()):
-            if child is not None and name not in (SLOT, WHOLE):
-                waiting.append((f"{path}.{name}".removeprefix("."), child))
-    return modules
+        yield path, module
+        for name, child in module.named_children():
+            if name not in (SLOT, WHOLE):
+                yield from _base_modules(child, f"{path}.{name}".removeprefix("."), visited)
 
 
 def site_generator(seed: int, site_name: str) -> torch.Generator:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.adapted.first_forward import end_watch, watch_first_forward
 from rankwise.adapted.slot import Slot, slot_on
-from rankwise.adapted.whole_modules import WholeModule, add_copies
+from rankwise.adapted.whole_modules import StartingValues, WholeModule, add_copies
 from rankwise.errors import AttachError
 from rankwise.methods import nearest
 from rankwise.sites import ADAPTED, SLOT, WHOLE, base_modules
@@ -68,6 +67,17 @@ class Adapted:
             raise AttachError("this model carries no adapter: call rankwise.attach(model, spec) or rankwise.load first")
         return adapted
 
+    @staticmethod
+    def ensure(model: nn.Module) -> "Adapted":
+        """Like :meth:`find`; a model without adapters is frozen and gets one."""
+        adapted = Adapted.find(model)
+        if adapted is None:
+            root = base_root(model)
+            adapted = Adapted(root, {path: parameter.requires_grad for path, parameter in root.named_parameters()})
+            setattr(root, ADAPTED, adapted)
+            root.requires_grad_(False)
+        return adapted
+
     def layer(self, path: str) -> Any:
         """The base's module at this path."""
         return self.root.get_submodule(path)
@@ -80,11 +90,10 @@ class Adapted:
         """
         self.check_unmerged()
         if name is None:
-            if len(self.active) != 1:
-                raise AttachError(
-                    f"name one adapter: {len(self.active)} are active, the model has {sorted(self.specs)}"
-                )
-            return self.active[0]
+            active = self.active
+            if len(active) != 1:
+                raise AttachError(f"name one adapter: {len(active)} are active, the model has {sorted(self.specs)}")
+            return active[0]
         if name not in self.specs:
             raise AttachError(
                 f"no adapter {name!r} on this model, it has {sorted(self.specs)}{nearest(name, self.specs)}"
@@ -114,15 +123,9 @@ class Adapted:
             raise AttachError("this model is merged, its adapters are put aside: call rankwise.unmerge(model) first")
 
     def add(
-        self,
-        name: str,
-        spec: LoRA,
-        layers: Mapping[str, AdapterLayer],
-        whole: Mapping[str, Mapping[str, Tensor] | None],
-        *,
-        trainable: bool,
+        self, name: str, spec: LoRA, layers: Mapping[str, AdapterLayer], whole: StartingValues, *, trainable: bool
     ) -> None:
-        """Put a new adapter on and make it the active one; see :func:`install`."""
+        """Put a new adapter (site name → layer, and modules to train whole) on and make it the active one."""
         forget_compiled()
         for path, adapter_layer in layers.items():
             layer = self.layer(path)
@@ -147,14 +150,11 @@ class Adapted:
         Raises:
             AttachError: they cannot be active together. Nothing is changed then.
         """
-        for slot in self.slots.values():
-            slot.check_additive(names)
-        for whole in self.whole_modules.values():
-            whole.check_one_copy(names)
-        for slot in self.slots.values():
-            slot.activate(names, self.trainable)
-        for whole in self.whole_modules.values():
-            whole.activate(names, self.trainable)
+        parts: list[Slot | WholeModule] = [*self.slots.values(), *self.whole_modules.values()]
+        for part in parts:
+            part.check_together(names)
+        for part in parts:
+            part.activate(names, self.trainable)
         self.active = names
         self._show(self.enabled)
 
@@ -265,12 +265,12 @@ def check_new_name(model: nn.Module, name: Any) -> None:
         )
     adapted = Adapted.find(model)
     if adapted is None:
-        slot = next((module for module in model.modules() if isinstance(module, Slot)), None)
-        if slot is not None:
-            raise AttachError(
-                f"this module is a part of a model that carries adapters (at {slot.site_name!r}, ...); "
-                f"attach to the whole model, as before"
-            )
+        for module in model.modules():
+            if isinstance(module, Slot):
+                raise AttachError(
+                    f"this module is a part of a model that carries adapters (at {module.site_name!r}, ...); "
+                    f"attach to the whole model, as before"
+                )
         return
     if adapted.merged:
         raise AttachError("this model is merged: call rankwise.unmerge(model) or rankwise.detach(model) first")
@@ -283,27 +283,3 @@ def check_new_name(model: nn.Module, name: Any) -> None:
             "this model carries an adapter with anchor='fold', which changed the base weights and so must stay the "
             "only one; detach it, or attach it with anchor='frozen'"
         )
-
-
-def install(
-    model: nn.Module,
-    name: str,
-    spec: LoRA,
-    layers: Mapping[str, AdapterLayer],
-    *,
-    trainable: bool,
-    whole: Mapping[str, Mapping[str, Tensor] | None] = MappingProxyType({}),
-) -> Adapted:
-    """Put built adapter layers on their sites, freeze the base and make the adapter the active one.
-
-    Args:
-        whole: path of each module to train whole → values to start from, or None for its own.
-    """
-    adapted = Adapted.find(model)
-    if adapted is None:
-        root = base_root(model)
-        adapted = Adapted(root, {path: parameter.requires_grad for path, parameter in root.named_parameters()})
-        setattr(root, ADAPTED, adapted)
-        root.requires_grad_(False)
-    adapted.add(name, spec, layers, whole, trainable=trainable)
-    return adapted

@@ -88,14 +88,12 @@ def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_L
         raise MergeError("no adapter is active, so there is nothing to merge: call rankwise.activate(model, name)")
     _check_unshared(adapted, changes)
     forget_compiled()
-    weights, sites = {}, {}
-    for path, layers in changes.items():
-        weights[path], sites[path] = _fold(adapted, path, layers)
-    report = MergeReport(sites)
+    folded = {path: _fold(adapted, path, layers) for path, layers in changes.items()}
+    report = MergeReport({path: site for path, (_, site) in folded.items()})
     _check_lost(adapted, report, most_lost)
     for path, slot in adapted.slots.items():
         slot.take_off(adapted.layer(path))
-    adapted.merged = {path: adapted.swap_weight(path, weight) for path, weight in weights.items()}
+    adapted.merged = {path: adapted.swap_weight(path, weight) for path, (weight, _) in folded.items()}
     if not keep_base:
         adapted.uninstall()
     return report

@@ -45,7 +45,7 @@ class Slot(nn.Module):
                 y = self.adapters[name].adapt(layer, x, y)
         return y
 
-    def check_additive(self, names: Iterable[str]) -> None:
+    def check_together(self, names: Iterable[str]) -> None:
         """Refuse adapters that cannot be active together here.
 
         Raises:

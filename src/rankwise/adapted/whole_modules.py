@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from rankwise.errors import AttachError
 from rankwise.sites import SLOT, WHOLE, base_modules
 
+# Path of a module to train whole → the values to start from, by their names in it, or None for the module's own.
+StartingValues = Mapping[str, Mapping[str, Tensor] | None]
+
 
 class Tensors(nn.Module):
     """The parameters and buffers that one module owns itself, under their names."""
@@ -44,7 +47,7 @@ class WholeModule(nn.Module):
         self.active: str | None = None
         self.shown: str | None = None
 
-    def check_one_copy(self, names: Sequence[str]) -> None:
+    def check_together(self, names: Sequence[str]) -> None:
         """Refuse adapters that cannot be active together.
 
         Raises:
@@ -92,8 +95,17 @@ def check_copyable(path: str, module: nn.Module) -> None:
             )
 
 
-def add_copies(root: nn.Module, name: str, modules: Mapping[str, Mapping[str, Tensor] | None]) -> None:
-    """Give the adapter its own copy of each module (path → values to start from, or None for the module's own)."""
+def base_state(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors without the copies of them, by their names in the model's state dict."""
+    return {
+        ".".join(filter(None, (path, inner, name))): tensor
+        for inner, part in base_modules(module).items()
+        for name, tensor in Tensors(part).state_dict().items()
+    }
+
+
+def add_copies(root: nn.Module, name: str, modules: StartingValues) -> None:
+    """Give the adapter its own copy of each module."""
     memo: dict[int, Any] = {}  # tensors that are tied stay tied
     for path, values in modules.items():
         for inner, module in base_modules(root.get_submodule(path)).items():

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapted.adapted import Adapted, base_root, check_new_name, install, switched_off
-from rankwise.adapted.whole_modules import check_copyable
+from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
+from rankwise.adapted.whole_modules import base_state, check_copyable
 from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
@@ -22,7 +22,7 @@ from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantise
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of
 from rankwise.planning import keys_under, whole_modules
-from rankwise.sites import WHOLE, Site, base_modules
+from rankwise.sites import Site, base_modules
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import FoldableLayer, PairVariant
 
@@ -106,7 +106,7 @@ def load(
         if not allow_other_base:
             _check_base(root, stored.base_probe, None, directory, quantised=False)
         whole = _saved_whole(root, stored.spec.modules_to_save, stored.whole, where)
-        install(root, name, stored.spec, stored.layers, trainable=trainable, whole=whole)
+        Adapted.ensure(model).add(name, stored.spec, stored.layers, whole, trainable=trainable)
         return model
     adapter = read_adapter(directory)
     _check_allowed(adapter.saved, modules_to_save, where)
@@ -121,7 +121,7 @@ def load(
     if not allow_other_base:
         _check_base(root, adapter.base_probe, adapter.base_model, directory, quantised=adapter.base_quantised)
     whole = _saved_whole(root, adapter.spec.modules_to_save, adapter.saved, where)
-    install(root, name, adapter.spec, built, trainable=trainable, whole=whole)
+    Adapted.ensure(model).add(name, adapter.spec, built, whole, trainable=trainable)
     return model
 
 
@@ -141,14 +141,13 @@ def _saved_whole(
         raise BaseMismatch(f"{where}: has {min(strays)}, of a module that this model lacks; it is another base's")
     for path, module in whole.items():
         check_copyable(path, module)
-        _check_state(where, path, module.state_dict(), by_module[path])
+        _check_state(where, path, base_state(path, module), by_module[path])
     return {
         path: {key.removeprefix(f"{path}."): tensor for key, tensor in part.items()} for path, part in by_module.items()
     }
 
 
-def _check_state(where: Path, path: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    expected = {f"{path}.{key}": tensor for key, tensor in own.items() if WHOLE not in key.split(".")}
+def _check_state(where: Path, path: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     if expected.keys() - found.keys():
         raise MissingTensor(f"{where}: no {min(expected.keys() - found.keys())}, which modules_to_save promises")
     if found.keys() - expected.keys():
