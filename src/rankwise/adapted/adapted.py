@@ -139,10 +139,10 @@ class Adapted:
     def _collect(self) -> None:
         """Take stock of the slots and the modules trained whole, in the model's order."""
         children = [module._modules for module in base_modules(self.root).values()]
-        slots = (modules.get(SLOT) for modules in children)
-        whole_modules = (modules.get(WHOLE) for modules in children)
-        self.slots = {slot.site_name: slot for slot in slots if isinstance(slot, Slot)}
-        self.whole_modules = {whole.path: whole for whole in whole_modules if isinstance(whole, WholeModule)}
+        self.slots = {slot.site_name: slot for named in children if isinstance(slot := named.get(SLOT), Slot)}
+        self.whole_modules = {
+            whole.path: whole for named in children if isinstance(whole := named.get(WHOLE), WholeModule)
+        }
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Let these adapters, in this order, take part in the forward, and only them be trained.
@@ -159,7 +159,9 @@ class Adapted:
         self._show(self.enabled)
 
     def _show(self, enabled: bool) -> None:
-        """Let each module trained whole hold the active adapter's copy, or what it came with."""
+        """Let adapters take part and modules trained whole hold the active adapter's copy; or neither."""
+        for slot in self.slots.values():
+            slot.enabled = enabled
         for path, whole in self.whole_modules.items():
             whole.show(self.layer(path), whole.active if enabled else None)
 
@@ -177,8 +179,6 @@ class Adapted:
 
     def _enable(self, enabled: bool) -> None:
         self.enabled = enabled
-        for slot in self.slots.values():
-            slot.enabled = enabled
         for path, weight in self.folded.items():
             self.folded[path] = self.swap_weight(path, weight)
         self._show(enabled)
@@ -222,9 +222,8 @@ class Adapted:
         for path in self.whole_modules:
             del self.layer(path)._modules[WHOLE]
         end_watch(self.root)
-        for path, parameter in self.root.named_parameters():
-            if path in self.base_flags:  # a parameter that came later keeps what it was given
-                parameter.requires_grad_(self.base_flags[path])
+        for path, parameter in self.root.named_parameters():  # one that came later keeps what it was given
+            parameter.requires_grad_(self.base_flags.get(path, parameter.requires_grad))
         delattr(self.root, ADAPTED)
 
 

@@ -6,7 +6,7 @@ and no hook runs, and the original tensors come back as the very same objects.
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -111,16 +111,10 @@ def add_copies(root: nn.Module, name: str, modules: StartingValues) -> None:
         for inner, module in base_modules(root.get_submodule(path)).items():
             if not (module._parameters or module._buffers):
                 continue  # a mere container such as nn.Sequential
-            whole = _whole_module_on(module, f"{path}.{inner}".removesuffix("."))
+            if WHOLE not in module._modules:
+                module.add_module(WHOLE, WholeModule(f"{path}.{inner}".removesuffix("."), module))
+            whole = cast(WholeModule, module._modules[WHOLE])
             copy = deepcopy(whole.original, memo)
             if values is not None:
                 copy.load_state_dict({key: values[f"{inner}.{key}".removeprefix(".")] for key in copy.state_dict()})
             whole.copies[name] = copy
-
-
-def _whole_module_on(module: nn.Module, path: str) -> WholeModule:
-    whole = module._modules.get(WHOLE)
-    if not isinstance(whole, WholeModule):
-        whole = WholeModule(path, module)
-        module.add_module(WHOLE, whole)
-    return whole
