@@ -19,7 +19,7 @@ LAYERS = (
     ("adapter", "collection"),
     ("planning",),
     ("adapted",),
-    ("evidence", "format"),
+    ("pair", "evidence", "format"),
     ("inspection", "attaching"),
     ("optim", "analysis"),
     ("report",),
@@ -35,7 +35,7 @@ LEVEL["public"], LEVEL["__init__"] = LEVEL["report"] - 0.6, LEVEL["report"] - 0.
 TRAIN_ROOMS = ("recipe", "data", "model", "trainer", "tasks", "run")
 
 # What an adapter is made of: it is to stay small enough to be read in an afternoon.
-HEART = ("algebra", "layers", "sites", "spec", "planning", "inits", "variants", "adapted", "attaching")
+HEART = ("algebra.low_rank", "layers", "sites", "spec", "planning", "inits", "variants", "adapted", "pair", "attaching")
 HEART_LINES = 2600
 FILE_LINES = 350
 

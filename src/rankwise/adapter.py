@@ -14,6 +14,7 @@ from rankwise.base_probe import PROBED
 from rankwise.layers.kinds import kind_of
 from rankwise.layers.quantised import is_quantised
 from rankwise.shapes import Int
+from rankwise.sites import base_modules
 from rankwise.spec import LoRA
 from rankwise.variants.base import FoldableLayer
 
@@ -100,7 +101,7 @@ def shortest_targets(model: nn.Module, sites: list[str]) -> str | tuple[str, ...
 
     A whole name may be the end of another (``fc`` and ``layers.0.fc``): a regular expression then names each site.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name in base_modules(model) if name]
     chosen = set(sites)
     targets: set[str] = set()
     by_last = {last: [n for n in names if n.rpartition(".")[2] == last] for last in {_last(site) for site in sites}}

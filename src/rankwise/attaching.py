@@ -1,46 +1,27 @@
 """attach: gradients → start pairs → slots, in one call; and its inverse, detach."""
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapted.slots import (
-    adapter_layers,
-    adapter_name,
-    check_new_name,
-    check_unmerged,
-    find_record,
-    forget_compiled,
-    host,
-    install,
-    remove_slot,
-    root,
-    set_active,
-    slots,
-    switched_off,
-    uninstall,
-)
-from rankwise.adapted.whole_modules import check_copyable, drop_copies, show_originals
+from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
+from rankwise.adapted.folded_start import check_foldable, fold_starts
+from rankwise.adapted.whole_modules import check_copyable
 from rankwise.collection import given_evidence
 from rankwise.errors import AttachError, EvidenceError, SpecError
 from rankwise.evidence.collecting import collect
 from rankwise.evidence.undisturbed import repeatable
 from rankwise.inits.base import EVIDENCE, Init
-from rankwise.layers.kinds import KINDS, base_matrix, parameter_owners
-from rankwise.layers.quantised import forbid_repacking, is_quantised
-from rankwise.planning import Plan, modules_saved_whole, plan, planned_sites, starting_sites
-from rankwise.shapes import Float
+from rankwise.layers.kinds import KINDS, base_matrix
+from rankwise.layers.quantised import forbid_repacking
+from rankwise.planning import Plan, plan, planned_sites, starting_sites, whole_modules
 from rankwise.sites import Site, Start, site_generator
 from rankwise.spec import LoRA
-from rankwise.variants.base import AdapterLayer, PairLayer, Variant
-from rankwise.variants.lora import FoldedLoraLayer
-
-log = logging.getLogger("rankwise")
+from rankwise.variants.base import AdapterLayer, Variant
 
 
 @overload
@@ -108,20 +89,21 @@ def attach(  # type: ignore[misc]  # a dry run takes what attach takes
     assert isinstance(spec.init, Init)
     if spec.init.needs == "nothing":
         evidence = None
-    occupied, owner = find_record(model) is not None, root(model)
-    planned = _plan(owner, spec, method, memory_budget, evidence)
-    whole = modules_saved_whole(owner, spec.modules_to_save)
+    root = base_root(model)
+    planned = _plan(root, spec, method, memory_budget, evidence)
+    whole = whole_modules(root, spec.modules_to_save)
     for path, module in whole.items():
         check_copyable(path, module)
     if spec.anchor == "fold":
-        _check_foldable(owner, planned, occupied)
+        check_foldable(root, planned)
     if dry_run:
         return planned
-    with switched_off(model) if occupied else nullcontext():
-        built = _adapters(owner, spec, planned, evidence, batches, loss)
-    install(model, name, spec, built, trainable=True, saved=dict.fromkeys(whole))
+    with switched_off(model):
+        layers = _adapters(root, spec, planned, evidence, batches, loss)
+    adapted = Adapted.ensure(model)
+    adapted.add(name, spec, layers, dict.fromkeys(whole), trainable=True)
     if spec.anchor == "fold":
-        _fold_starts(owner, built)
+        fold_starts(adapted, layers)
     return model
 
 
@@ -205,38 +187,6 @@ def _build(
     return spec.variant.anchored(spec.anchor).build(planned, KINDS[site.kind], weight, start, spec.dropout)
 
 
-def _check_foldable(model: nn.Module, sites: Iterable[Site], occupied: bool) -> None:
-    if occupied:
-        raise AttachError(
-            "anchor='fold' changes the base weights, so it must be the model's only adapter; detach first"
-        )
-    owners = parameter_owners(model)
-    for site in sites:
-        layer: Any = model.get_submodule(site.name)
-        if is_quantised(layer):
-            raise AttachError(f"{site.name}: anchor='fold' cannot write into a quantised weight; use anchor='frozen'")
-        tied = owners[id(layer.weight)]
-        if len(tied) > 1:
-            raise AttachError(f"{site.name}: anchor='fold' would change the tied {', '.join(tied)}; use 'frozen'")
-
-
-@torch.no_grad()
-def _fold_starts(model: nn.Module, built: Mapping[str, AdapterLayer]) -> None:
-    """Put W₀ − sB₀A₀ in the place of W₀ and report what rounding cost."""
-    worst = 0.0
-    for path, adapter in built.items():
-        if not isinstance(adapter, FoldedLoraLayer):
-            continue
-        layer: Any = model.get_submodule(path)
-        base = base_matrix(layer)
-        folded = base.addmm(adapter.B, adapter.A, alpha=-adapter.scale)
-        rounded = adapter.kind.stored(layer, folded).to(layer.weight.dtype).contiguous()
-        slots(model)[path].original, layer.weight.data = layer.weight.data, rounded
-        start = adapter.kind.weight(layer).double().addmm(adapter.B.double(), adapter.A.double(), alpha=adapter.scale)
-        worst = max(worst, float((start - base).norm() / base.norm()))
-    log.warning("anchor='fold': rounding W₀ − sB₀A₀ moved the start by up to %.1e of ‖W₀‖ a layer", worst)
-
-
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take adapters off; without a name all of them. What is left is the pretrained model, bit for bit.
 
@@ -245,33 +195,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises:
         AttachError: the model carries no adapter (of that name).
     """
-    owner, record = host(model)
-    if not all(slot.enabled for slot in slots(model).values()):
+    adapted = Adapted.of(model)
+    if not adapted.enabled:
         raise AttachError("the adapters are disabled for a moment: leave the block of rankwise.disabled(model) first")
-    if name is not None and set(record.specs) != {name}:
-        _detach_one(model, adapter_name(model, name))
-        return model
-    merged = [(path, slot.original if slot.original is not None else weight) for path, weight, slot in record.merged]
-    folded = [(path, slot.original) for path, slot in slots(owner).items() if slot.original is not None]
-    for path, weight in merged + folded:
-        layer: Any = owner.get_submodule(path)
-        layer.weight.data = weight.to(layer.weight)  # the model may have moved or been cast since
-    show_originals(owner)
-    uninstall(model)
+    if name is None or set(adapted.specs) == {name}:
+        adapted.restore()
+    else:
+        adapted.remove(adapted.adapter_name(name))
     return model
-
-
-def _detach_one(model: nn.Module, name: str) -> None:
-    forget_compiled()
-    owner, record = host(model)
-    drop_copies(owner, name)
-    for slot in slots(model).values():
-        slot.active = tuple(n for n in slot.active if n != name)
-        if name in slot.adapters:
-            del slot.adapters[name]
-        if not slot.adapters:
-            remove_slot(owner.get_submodule(slot.site_name))
-    del record.specs[name], record.trainable[name]
 
 
 def activate(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
@@ -286,7 +217,8 @@ def activate(model: nn.Module, name: str | Iterable[str]) -> nn.Module:
     names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     if not names:
         raise AttachError("no adapter named; for the pretrained model alone use rankwise.disabled(model), or detach")
-    set_active(model, tuple(adapter_name(model, n) for n in names))
+    adapted = Adapted.of(model)
+    adapted.activate(tuple(adapted.adapter_name(name) for name in names))
     return model
 
 
@@ -296,58 +228,11 @@ def disabled(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         AttachError: the model carries no adapter, or is merged.
     """
-    check_unmerged(model)
-    return switched_off(model)
+    adapted = Adapted.of(model)
+    adapted.check_unmerged()
+    return adapted.switched_off()
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The tensors to hand an optimizer: those of the active adapters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """One site's pair, live: it follows training.
-
-    Attributes:
-        name: the site's module path.
-        layer: the adapter layer that holds it.
-    """
-
-    name: str
-    layer: PairLayer
-
-    @property
-    def A(self) -> Float[Tensor, "r in"]:
-        """The effective A [r, in]: start + δ."""
-        return self.layer.A
-
-    @property
-    def B(self) -> Float[Tensor, "out r"]:
-        """The effective B [out, r]: start + δ."""
-        return self.layer.B
-
-    @property
-    def scale(self) -> float:
-        """s of ΔW = s(BA − B₀A₀)."""
-        return self.layer.scale
-
-    @property
-    def notes(self) -> Mapping[str, float]:
-        """Figures that the start left about itself, such as "adam_cosine" with ``align="adam"``."""
-        return self.layer.notes
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """The trained tensors behind A and B."""
-        return self.layer.lora_A, self.layer.lora_B
-
-
-def pairs(model: nn.Module, name: str | None = None) -> list[Pair]:
-    """The pairs of one adapter (the active one by default), in the model's order.
-
-    Raises:
-        AttachError: no such adapter, or none or several are active and no name is given.
-    """
-    layers = adapter_layers(model, adapter_name(model, name))
-    return [Pair(path, layer) for path, layer in layers.items() if isinstance(layer, PairLayer)]

@@ -19,7 +19,8 @@ class Method:
     """One row of a table.
 
     Attributes:
-        make: ``"module:Class"`` of a frozen dataclass whose fields are the method's options, all with defaults.
+        make: ``"module:Class"`` of a frozen dataclass whose fields are the method's options, all with defaults; a
+            module that begins with a dot is rankwise's own.
         paper: where the method comes from.
         summary: one line on what it does.
     """
@@ -31,14 +32,24 @@ class Method:
     @property
     def cls(self) -> type[Any]:
         """The class behind ``make``, imported."""
-        module, _, name = self.make.partition(":")
-        cls: type[Any] = getattr(import_module(module), name)
+        cls: type[Any] = imported(self.make)
         return cls
 
     def makes(self, method: object) -> bool:
         """Whether ``method`` is an object of this row's class. Imports nothing."""
         cls = type(method)
-        return self.make == f"{cls.__module__}:{cls.__qualname__}"
+        return absolute(self.make) == f"{cls.__module__}:{cls.__qualname__}"
+
+
+def absolute(place: str) -> str:
+    """``module:name`` with the module's whole name."""
+    return f"rankwise{place}" if place.startswith(".") else place
+
+
+def imported(place: str) -> Any:
+    """What ``module:name`` names."""
+    module, _, name = absolute(place).partition(":")
+    return getattr(import_module(module), name)
 
 
 Table = Mapping[str, Method]
@@ -125,7 +136,7 @@ def lazy_attributes(package: str, table: Table, others: Mapping[str, str]) -> Ca
         others: name → ``"module:name"`` of what is in no row.
     """
     places = {entry.make.rpartition(":")[2]: entry.make for entry in table.values()} | dict(others)
-    modules = {place.partition(":")[0] for place in places.values()}
+    modules = {absolute(place).partition(":")[0] for place in places.values()}
     submodules = {module.rpartition(".")[2]: module for module in modules if module.startswith(f"{package}.")}
 
     def attribute(name: str) -> Any:
@@ -133,7 +144,6 @@ def lazy_attributes(package: str, table: Table, others: Mapping[str, str]) -> Ca
             return import_module(submodules[name])
         if name not in places:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module, _, symbol = places[name].partition(":")
-        return getattr(import_module(module), symbol)
+        return imported(places[name])
 
     return attribute

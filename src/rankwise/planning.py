@@ -11,7 +11,7 @@ from rankwise.inits.base import Init
 from rankwise.layers.kinds import EmbeddingKind, kind_of, kind_or_none
 from rankwise.methods import nearest
 from rankwise.patterns import keys_under, matching, matching_ends, names_by_end, pattern_values
-from rankwise.sites import SAVED, SLOT, Site
+from rankwise.sites import Site, base_modules
 from rankwise.spec import LoRA
 from rankwise.text_table import aligned
 from rankwise.variants.base import Variant
@@ -77,7 +77,7 @@ def starting_sites(sites: Iterable[Site], spec: LoRA) -> list[Site]:
 
 def planned_sites(model: nn.Module, spec: LoRA) -> list[Site]:
     """The sites alone; errors as for :func:`plan`."""
-    modules_saved_whole(model, spec.modules_to_save)
+    whole_modules(model, spec.modules_to_save)
     chosen = target_layers(model, spec.target_modules, spec.exclude_modules, spec.modules_to_save)
     names = list(chosen)
     ranks = pattern_values("rank_pattern key", spec.rank_pattern, names, spec.rank)
@@ -101,7 +101,7 @@ def target_layers(
     model: nn.Module,
     targets: str | Iterable[str] = "all-linear",
     excluded: str | Iterable[str] = (),
-    saved_whole: Iterable[str] = (),
+    whole: Iterable[str] = (),
 ) -> dict[str, nn.Module]:
     """Module path → layer for the chosen targets, in the model's order; a shared module counts once.
 
@@ -113,29 +113,23 @@ def target_layers(
             f"the model is itself a {type(model).__name__}, so its layer has no name to save an adapter under; "
             f"expected layers inside a model: wrap it, as torch.nn.Sequential(layer) does"
         )
-    modules = _base_modules(model)
-    saved = set(keys_under(saved_whole, modules))
-    matched = _select(modules, targets, _output_heads(model))
+    modules = base_modules(model)
+    trained_whole = set(keys_under(whole, modules))
+    matched = _select(modules, targets, _output_heads(list(modules.values())))
     left_out = _matches("exclude_modules", modules, excluded) if excluded else set()
-    chosen = {name: modules[name] for name in matched if name not in left_out and name not in saved}
+    chosen = {name: modules[name] for name in matched if name not in left_out and name not in trained_whole}
     if not chosen:
         raise TargetError(f"target_modules {targets!r} leaves no module to adapt after exclude_modules {excluded!r}")
     return chosen
 
 
-def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Module path → module, without what adapters have put there."""
-    ours = {SLOT, SAVED}
-    return {name: module for name, module in model.named_modules() if ours.isdisjoint(name.split("."))}
-
-
-def modules_saved_whole(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+def whole_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """Module path → module for ``modules_to_save``, in the model's order; one inside another is part of that.
 
     Raises:
         TargetError: a name matches no module, or a mere list of modules.
     """
-    modules = _base_modules(model)
+    modules = base_modules(model)
     matched = _matches("modules_to_save", modules, tuple(names))
     for name in matched:
         if isinstance(modules[name], nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
@@ -166,11 +160,11 @@ def _is_linear(module: nn.Module) -> bool:
     return kind is not None and kind.name in ("linear", "conv1d")
 
 
-def _output_heads(model: nn.Module) -> set[int]:
+def _output_heads(modules: Sequence[nn.Module]) -> set[int]:
     """Ids of output heads: what transformers calls one, and any linear layer that shares an embedding's weight."""
-    heads = {id(m.get_output_embeddings()) for m in model.modules() if isinstance(m, _HasOutputHead)}
-    tables = {id(m.weight) for m in model.modules() if isinstance(kind_or_none(m), EmbeddingKind)}
-    return heads | {id(m) for m in model.modules() if _is_linear(m) and id(m.weight) in tables}
+    heads = {id(m.get_output_embeddings()) for m in modules if isinstance(m, _HasOutputHead)}
+    tables = {id(m.weight) for m in modules if isinstance(kind_or_none(m), EmbeddingKind)}
+    return heads | {id(m) for m in modules if _is_linear(m) and id(m.weight) in tables}
 
 
 def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:

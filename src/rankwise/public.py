@@ -3,11 +3,12 @@
 from rankwise import analysis, errors, evidence, inits, optim, variants
 from rankwise.adapted.merge import merge, unmerge
 from rankwise.algebra.low_rank import LowRank
-from rankwise.attaching import Pair, activate, attach, detach, disabled, pairs, trainable_parameters
+from rankwise.attaching import activate, attach, detach, disabled, trainable_parameters
 from rankwise.errors import RankwiseError
 from rankwise.evidence import activations, covariances, gradients, weights
 from rankwise.format.save_load import load, save
 from rankwise.optim import param_groups
+from rankwise.pair import Pair, pairs
 from rankwise.planning import plan
 from rankwise.sites import Site
 from rankwise.spec import Bottleneck, LoRA
@@ -21,6 +22,7 @@ __all__ = [
     "Site",
     "activate",
     "activations",
+    "algebra",
     "analysis",
     "attach",
     "covariances",

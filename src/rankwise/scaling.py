@@ -43,8 +43,8 @@ class RsloraScaling(Scaling):
 
 
 SCALINGS: dict[str, Method] = {
-    "lora": Method("rankwise.scaling:LoraScaling", "arXiv 2106.09685", "α/r"),
-    "rslora": Method("rankwise.scaling:RsloraScaling", "arXiv 2312.03732", "α/√r: rank-stabilised"),
+    "lora": Method(".scaling:LoraScaling", "arXiv 2106.09685", "α/r"),
+    "rslora": Method(".scaling:RsloraScaling", "arXiv 2312.03732", "α/√r: rank-stabilised"),
 }
 
 

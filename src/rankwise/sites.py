@@ -1,16 +1,17 @@
 """Site: one place that an adapter goes to. Start: the pair that its training starts from."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.shapes import Float
 
-SLOT = "rankwise"  # the child module's name on an adapted layer
-SAVED = "rankwise_saved"  # the child module's name on a module that owns such tensors
+ADAPTED = "_rankwise"  # the plain attribute on a model that carries adapters
+SLOT = "rankwise"  # the child module on an adapted layer
+WHOLE = "rankwise_whole"  # the child module on a module that is trained whole
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,20 @@ class Site:
     def parameters(self) -> int:
         """Trained numbers of a plain pair here: r (out + in)."""
         return self.rank * sum(self.shape)
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path → module, as ``model.named_modules()`` has them, without what adapters have put there."""
+    return dict(_base_modules(model, "", set()))
+
+
+def _base_modules(module: nn.Module, path: str, visited: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module not in visited:
+        visited.add(module)
+        yield path, module
+        for name, child in module.named_children():
+            if name not in (SLOT, WHOLE):
+                yield from _base_modules(child, f"{path}.{name}".removeprefix("."), visited)
 
 
 def site_generator(seed: int, site_name: str) -> torch.Generator:

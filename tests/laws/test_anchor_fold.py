@@ -19,7 +19,7 @@ from zoo import (
 )
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import AttachError, SpecError
 from rankwise.inits import INITS
 
@@ -103,7 +103,7 @@ def test_it_runs_r_columns_instead_of_2r():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         zoo.linear(inputs["linear"]).sum()
     assert (15, 2) in shapes and (15, 4) not in shapes
-    assert adapter_layers(zoo, "default")["linear"].running().rank == 2
+    assert Adapted.of(zoo).adapter_layers("default")["linear"].running().rank == 2
 
 
 def test_it_says_what_rounding_cost(caplog):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from zoo import perturb
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers
+from rankwise.adapted.adapted import Adapted
 from rankwise.inits import INITS
 
 SIZE, TOKENS = 1024, 64
@@ -36,7 +36,7 @@ def _attached(init: str, pretrained: nn.Module, x: Tensor) -> nn.Sequential:
 def test_bf16_output_of_a_small_change_against_fp64(init: str, layer_and_batch):
     """At |δ| = 1e-4 the adapter's output is right within 1 %, where BA − B₀A₀ in bf16 is off by far more."""
     model, x = _attached(init, *layer_and_batch), layer_and_batch[1]
-    adapter = adapter_layers(model, "default")["0"]
+    adapter = Adapted.of(model).adapter_layers("default")["0"]
     (pair,) = rw.pairs(model)
     A0, B0 = pair.A.detach().double(), pair.B.detach().double()
     perturb(model, 1e-4)
@@ -65,10 +65,10 @@ def test_saved_factors_hold_the_difference_not_the_products(init: str, layer_and
 
     model = _attached(init, *layer_and_batch)
     perturb(model, 1e-4)
-    expected = adapter_layers(model, "default")["0"].double().delta().dense().detach()
+    expected = Adapted.of(model).adapter_layers("default")["0"].double().delta().dense().detach()
     rw.save(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     A, B = (tensors[f"base_model.model.0.lora_{half}.weight"].bfloat16().double() for half in "AB")
-    scale = adapter_layers(model, "default")["0"].scale
+    scale = Adapted.of(model).adapter_layers("default")["0"].scale
     # An engine that casts the factors to bf16 still has the change within bf16's rounding.
     assert float((scale * B @ A - expected).norm() / expected.norm()) < 0.01

@@ -28,7 +28,7 @@ from zoo import (
 )
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers
+from rankwise.adapted.adapted import Adapted
 from rankwise.inits import INITS
 from rankwise.layers.kinds import base_matrix, kind_of
 from rankwise.scaling import SCALINGS
@@ -65,11 +65,11 @@ class Case:
         self.dtype = DTYPES[dtype]
         self.pretrained, self.inputs = zoo_and_inputs(self.dtype, self.names)
         self.model = self.attached()
-        self.sites = list(adapter_layers(self.model, "default"))  # an init may give a layer no rank at all
+        self.sites = list(Adapted.of(self.model).adapter_layers("default"))  # an init may give a layer no rank at all
         assert len(self.sites) > len(self.names) // 2
         self.model.eval()
         # A variant that does not add to the output works on the rounded sum again: twice the roundings.
-        additive = all(layer.additive for layer in adapter_layers(self.model, "default").values())
+        additive = all(layer.additive for layer in Adapted.of(self.model).adapter_layers("default").values())
         self.tolerance = TOLERANCE[self.dtype] * (1 if additive else 2)
         self.base_outputs = self.outputs(self.pretrained)
 
@@ -153,7 +153,7 @@ def test_the_start_leaves_the_output_unchanged(case):
 
 def test_every_site_can_learn_from_the_first_step(case):
     case.model(**case.inputs).loss.backward()
-    for name, layer in adapter_layers(case.model, "default").items():
+    for name, layer in Adapted.of(case.model).adapter_layers("default").items():
         grads = [p.grad for p in layer.parameters() if p.grad is not None]
         assert any(bool(g.any()) for g in grads), f"{name}: no gradient reaches its adapter"
         assert all(bool(torch.isfinite(g).all()) for g in grads), name
@@ -165,7 +165,7 @@ def test_the_start_depends_on_the_seed_and_the_site_only(case):
     name = case.sites[-1]  # attached alone, after another global seed
     spec = rw.LoRA.from_dict({**case.spec.to_dict(), "target_modules": [name]})
     alone = adapter_layers(case.attached(spec=spec), "default")[name]
-    together = adapter_layers(case.model, "default")[name]
+    together = Adapted.of(case.model).adapter_layers("default")[name]
     if together.site.rank != alone.site.rank:
         pytest.skip(
             f"init {type(case.spec.init).__name__} gave this site another rank: the sites' evidence is weighed together"
@@ -179,7 +179,7 @@ def test_fold_is_what_adapt_does(case):
     case.trained()
     oracle = clone(case.pretrained).double()
     inputs = {k: x.double() if x.is_floating_point() else x for k, x in case.inputs.items()}
-    for name, adapter in adapter_layers(case.model, "default").items():
+    for name, adapter in Adapted.of(case.model).adapter_layers("default").items():
         layer: Any = oracle.get_submodule(name)
         with torch.no_grad():
             folded = adapter.double().fold(base_matrix(layer))
@@ -269,7 +269,7 @@ def test_a_loaded_adapter_trains_on(case, tmp_path: Path):
     rw.save(case.model, tmp_path)
     fresh = rw.load(clone(case.pretrained), tmp_path, trainable=True)
     close(case, case.outputs(fresh.eval()), case.outputs())
-    assert all(layer.dropout == 0.3 for layer in adapter_layers(fresh, "default").values())
+    assert all(layer.dropout == 0.3 for layer in Adapted.of(fresh).adapter_layers("default").values())
     fresh(**case.inputs).loss.backward()
     assert rw.trainable_parameters(fresh)
     assert all(p.grad is not None and p.grad.any() for p in rw.trainable_parameters(fresh))

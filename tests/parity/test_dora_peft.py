@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers
+from rankwise.adapted.adapted import Adapted
 
 
 def conv1d() -> nn.Module:
@@ -115,7 +115,7 @@ def test_peft_reads_what_is_written(case: Any, init: str, tmp_path: Path) -> Non
     rw.save(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(model(), str(tmp_path)).eval()
     close(theirs(x), ours(x))
-    magnitudes = adapter_layers(ours, "default")["0"].extra_tensors()["lora_magnitude_vector"]
+    magnitudes = Adapted.of(ours).adapter_layers("default")["0"].extra_tensors()["lora_magnitude_vector"]
     (held,) = [p for n, p in theirs.named_parameters() if "magnitude" in n]
     assert magnitudes.shape == held.shape
 

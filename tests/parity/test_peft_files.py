@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from zoo import DTYPES, LAYERS, PAIR_VARIANTS, TOLERANCE, Zoo, clone, perturb, relative, zoo_and_inputs
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import UnsupportedAdapter
 from rankwise.inits import INITS
 from rankwise.scaling import SCALINGS
@@ -247,7 +247,7 @@ def test_a_loaded_adapter_has_pefts_dropout_in_training(tmp_path: Path):
     zoo, _ = zoo_and_inputs(names=["linear"])
     _theirs(zoo, LoraConfig(r=2, target_modules=["linear"], lora_dropout=0.4), tmp_path)
     ours = rw.load(zoo, tmp_path, trainable=True)
-    assert adapter_layers(ours, "default")["linear"].dropout == 0.4
+    assert Adapted.of(ours).adapter_layers("default")["linear"].dropout == 0.4
 
 
 @pytest.mark.parametrize("build", [_llama, _gpt2], ids=["llama", "gpt2"])

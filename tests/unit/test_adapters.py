@@ -310,6 +310,29 @@ def test_an_expert_that_no_token_chose_is_no_error():
     assert not model._forward_hooks  # seen all: the watch is over
 
 
+def test_an_expert_that_ran_before_it_was_adapted_is_no_error():
+    model = rw.attach(Experts(), rw.LoRA(rank=2, target_modules=["up"]), name="up")
+    model(X)
+    rw.attach(model, rw.LoRA(rank=2, target_modules=["down"]), name="down")
+    model.chosen = 0  # the expert that ran is idle now
+    model(X)
+
+
+def test_a_merged_model_has_no_layers_to_watch():
+    model = rw.attach(Experts(), rw.LoRA(rank=2))
+    rw.merge(model)
+    model(X)
+    rw.unmerge(model)
+    model.chosen = 0
+    model(X)
+    bypassed = rw.attach(Bypassed(), rw.LoRA(rank=2))
+    rw.merge(bypassed)
+    bypassed(X)  # whose weight is right
+    rw.unmerge(bypassed)
+    with pytest.raises(SiteNeverFired):
+        bypassed(X)
+
+
 def test_the_watch_costs_nothing_after_the_first_forward():
     model = rw.attach(Attention(), rw.LoRA(rank=2, exclude_modules=["out_proj"]))
     assert len(model._forward_hooks) == 1

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import TOLERANCE, relative
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers
+from rankwise.adapted.adapted import Adapted
 from rankwise.layers.low_rank_product import _mask, add_low_rank
 
 
@@ -230,7 +230,7 @@ def test_the_same_mask_serves_both_halves():
     model.train()
     x = torch.randn(9, 16)
     assert torch.equal(model(x), layer(x))
-    perturbed = adapter_layers(model, "default")["0"]
+    perturbed = Adapted.of(model).adapter_layers("default")["0"]
     with torch.no_grad():
         perturbed.lora_A.normal_(std=0.1)
         perturbed.lora_B.normal_(std=0.1)

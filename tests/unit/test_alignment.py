@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.adapted.slots import slots
+from rankwise.adapted.adapted import Adapted
 from rankwise.analysis import Alignment, alignment, first_step, first_steps, full_step
 from rankwise.errors import AttachError, EvidenceError, SpecError
 from rankwise.variants.lora import LoraLayer
@@ -129,6 +129,6 @@ def test_refusals() -> None:
     class Other(LoraLayer):
         pass
 
-    slots(model)["2"].layers()["default"].__class__ = Other
+    Adapted.of(model).slots["2"].adapters["default"].__class__ = Other
     with pytest.raises(AttachError, match=r"2: .*found a Other"):
         rw.analysis.first_step_alignment(model, x, "sgd", mean_square)

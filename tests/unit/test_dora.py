@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import AttachError, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.variants.dora import MAGNITUDE, DoraLayer, row_norms
 
@@ -22,7 +22,7 @@ OUT, IN, RANK = 48, 64, 4
 def attached(layer: nn.Module, size: float = 0.1, **spec: Any) -> tuple[nn.Module, DoraLayer]:
     """A model of one layer whose DoRA adapter has been moved as training would."""
     model = rw.attach(nn.Sequential(layer), rw.LoRA(rank=RANK, variant="dora", target_modules=["0"], **spec))
-    adapter = adapter_layers(model, "default")["0"]
+    adapter = Adapted.of(model).adapter_layers("default")["0"]
     assert isinstance(adapter, DoraLayer)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -114,7 +114,7 @@ def test_dropout_acts_on_the_input_of_the_low_rank_term_alone() -> None:
     x = torch.randn(7, IN)
     lora = rw.attach(nn.Sequential(nn.Linear(IN, OUT)), rw.LoRA(rank=RANK, dropout=0.5))
     lora[0].weight, lora[0].bias = model[0].weight, model[0].bias
-    adapter_layers(lora, "default")["0"].load_state_dict(
+    Adapted.of(lora).adapter_layers("default")["0"].load_state_dict(
         {k: v for k, v in adapter.state_dict().items() if k.startswith("lora_")}
     )
     torch.manual_seed(3)

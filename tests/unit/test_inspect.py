@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from zoo import perturb, zoo_and_inputs
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers
+from rankwise.adapted.adapted import Adapted
 from rankwise.cli import app
 from rankwise.errors import BrokenFile, UnexpectedTensor
 from rankwise.inspection.engines import ENGINES
@@ -50,7 +50,7 @@ def test_what_it_says_of_an_adapter(tmp_path: Path):
         "linear": "linear", "conv2d": "conv2d", "conv2d_grouped": "conv2d", "embedding": "embedding",
     }  # fmt: skip
     for site in found.sites:
-        delta = adapter_layers(zoo, "default")[site.name].delta()
+        delta = Adapted.of(zoo).adapter_layers("default")[site.name].delta()
         assert (site.shape, site.rank, site.dtype) == (tuple(delta.shape), delta.rank, "F32")
         assert site.scale == pytest.approx(delta.scale)
         assert site.change == pytest.approx(float(delta.dense().detach().norm()), rel=1e-4)

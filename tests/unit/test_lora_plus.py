@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.adapted.slots import slots
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import AttachError, SpecError
 from rankwise.optim import derived_ratio
 
@@ -102,7 +102,7 @@ def test_derived_rates_follow_each_layers_shape() -> None:
 def test_embeddings_heads_and_other_adapter_tensors_stay_at_lr(lr_ratio: float | str) -> None:
     model = adapted()
     model.head.requires_grad_(True)
-    layer = slots(model)["square"].layers()["default"]
+    layer = Adapted.of(model).slots["square"].adapters["default"]
     layer.magnitude = nn.Parameter(torch.ones(8))
     groups = rw.param_groups(model, lr=1e-3, lr_ratio=lr_ratio)
     table = next(pair for pair in rw.pairs(model) if pair.name == "table")

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.adapted.slots import slots
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import CheckpointError, SpecError, TrainingError
 from rankwise.methods import resolve
 from rankwise.optim import OPTIMIZERS, LoraPro, OptimizerChoice
@@ -428,7 +428,7 @@ def test_what_would_never_be_stepped_is_refused() -> None:
         LoraPro([], lr=1e-3)
     with pytest.raises(SpecError, match="given twice"):
         LoraPro([*rw.pairs(model), rw.pairs(model)[0]], lr=1e-3)
-    layer = slots(model)["last"].layers()["default"]
+    layer = Adapted.of(model).slots["last"].adapters["default"]
     layer.magnitude = nn.Parameter(torch.ones(4))
     with pytest.raises(SpecError, match="last: its trainable 'magnitude'"):
         LoraPro(rw.pairs(model), lr=1e-3)

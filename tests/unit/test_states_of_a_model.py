@@ -56,6 +56,41 @@ def test_detach_waits_for_the_end_of_disabled(name: str | None) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_what_is_attached_or_activated_while_disabled_takes_part_afterwards() -> None:
+    model = network()
+    pretrained = model(X).detach()
+    outputs = {}
+    for name in ("first", "second"):
+        rw.attach(model, rw.LoRA(rank=2, target_modules=["0"], modules_to_save=["4"]), name=name)
+        outputs[name] = trained(model)(X).detach()
+    with rw.disabled(model):
+        rw.activate(model, "first")
+        assert torch.equal(model(X), pretrained)
+    assert torch.equal(model(X), outputs["first"])
+    with rw.disabled(model):
+        rw.attach(model, rw.LoRA(rank=2, target_modules=["0", "2"], modules_to_save=["4"]), name="third")
+        trained(model)
+        assert torch.equal(model(X), pretrained)
+    third = model(X).detach()
+    assert not torch.allclose(third, pretrained)
+    rw.activate(model, "first")
+    assert torch.equal(model(X), outputs["first"])
+    assert torch.equal(rw.activate(model, "third")(X), third)
+
+
+def test_a_file_s_targets_are_layers_of_the_base_and_not_of_a_bottleneck(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)}))
+
+    rw.save(rw.attach(model(), rw.LoRA(rank=2, target_modules=["down"])), tmp_path / "alone")
+    both = rw.attach(model(), rw.Bottleneck(["up"], width=2), name="narrow")
+    rw.load(both, tmp_path / "alone", name="low")
+    rw.save(both, tmp_path / "beside", name="low")
+    for folder in ("alone", "beside"):
+        assert '"down"' in (tmp_path / folder / "adapter_config.json").read_text()
+
+
 @pytest.mark.parametrize("name", ["training", "_modules", "_forward_hooks", "keys", "", "a.b"])
 def test_names_that_no_adapter_can_have(name: str) -> None:
     model = network()

@@ -1,14 +1,13 @@
 """merge: fold the active adapters into the base weights, in fp32, and say what survived rounding."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapted.slots import Slot, forget_compiled, host, put_slot, remove_slot, slots, uninstall
+from rankwise.adapted.adapted import Adapted, forget_compiled
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import MergeError
 from rankwise.layers.kinds import parameter_owners
@@ -81,55 +80,54 @@ def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_L
     """
     if not most_lost >= 0:  # nor NaN
         raise MergeError(f"most_lost: expected a share from 0 on, found {most_lost}")
-    owner, record = host(model)
-    if record.merged:
+    adapted = Adapted.of(model)
+    if adapted.merged:
         raise MergeError("this model is merged already: call rankwise.unmerge or rankwise.detach first")
-    active = {path: slot for path, slot in slots(owner).items() if slot.active and slot.enabled}
-    if not active:
+    changes = _active_changes(adapted)
+    if not changes:
         raise MergeError("no adapter is active, so there is nothing to merge: call rankwise.activate(model, name)")
-    _check_changes_of_weight(active)
-    _check_unshared(owner, active)
+    _check_unshared(adapted, changes)
     forget_compiled()
-    folded = {path: _fold(owner.get_submodule(path), slot) for path, slot in active.items()}
+    folded = {path: _fold(adapted, path, layers) for path, layers in changes.items()}
     report = MergeReport({path: site for path, (_, site) in folded.items()})
-    _check_lost(owner, report, most_lost)
-    for path, slot in slots(owner).items():
-        layer: Any = owner.get_submodule(path)
-        record.merged.append((path, layer.weight.data, slot))
-        if path in folded:
-            layer.weight.data = folded[path][0]
-        elif slot.original is not None:
-            layer.weight.data = slot.original
-        remove_slot(layer)
+    _check_lost(adapted, report, most_lost)
+    for path, slot in adapted.slots.items():
+        slot.take_off(adapted.layer(path))
+    adapted.merged = {path: adapted.swap_weight(path, weight) for path, (weight, _) in folded.items()}
     if not keep_base:
-        uninstall(owner)
+        adapted.uninstall()
     return report
 
 
-def _check_lost(model: nn.Module, report: MergeReport, most_lost: float) -> None:
+def _active_changes(adapted: Adapted) -> dict[str, list[FoldableLayer]]:
+    """Site name → the active adapters' layers there, which must all be changes of the weight."""
+    changes: dict[str, list[FoldableLayer]] = {}
+    for path, slot in adapted.slots.items() if adapted.enabled else ():
+        for name in slot.active:
+            layer = slot.adapters[name]
+            if not isinstance(layer, FoldableLayer):
+                raise MergeError(
+                    f"{path}: adapter {name!r} is a {type(layer).__name__}, which is not linear, so no weight can hold "
+                    f"it; activate only adapters that change the weight, then merge"
+                )
+            changes.setdefault(path, []).append(layer)
+    return changes
+
+
+def _check_lost(adapted: Adapted, report: MergeReport, most_lost: float) -> None:
     if most_lost < 1.0 and report.lost > most_lost:
-        layer: Any = model.get_submodule(report.worst)
+        dtype = adapted.layer(report.worst).weight.dtype
         raise MergeError(
-            f"rounding to {layer.weight.dtype} would lose {report.lost:.0%} of the change ({report.worst}: "
+            f"rounding to {dtype} would lose {report.lost:.0%} of the change ({report.worst}: "
             f"{report.sites[report.worst].lost:.0%}); expected at most {most_lost:.0%}: load the base in fp32 and "
             f"merge there, keep the adapter apart, or accept it with most_lost=1.0"
         )
 
 
-def _check_changes_of_weight(active: Mapping[str, Slot]) -> None:
-    for path, slot in active.items():
-        for name in slot.active:
-            if not isinstance(slot.adapters[name], FoldableLayer):
-                raise MergeError(
-                    f"{path}: adapter {name!r} is a {type(slot.adapters[name]).__name__}, which is not linear, so no "
-                    f"weight can hold it; activate only adapters that change the weight, then merge"
-                )
-
-
-def _check_unshared(model: nn.Module, active: Mapping[str, Slot]) -> None:
-    owners = parameter_owners(model)
-    for path in active:
-        layer: Any = model.get_submodule(path)
+def _check_unshared(adapted: Adapted, paths: Iterable[str]) -> None:
+    owners = parameter_owners(adapted.root)
+    for path in paths:
+        layer = adapted.layer(path)
         if is_quantised(layer):
             raise MergeError(
                 f"{path}: its weight is quantised ({type(layer).__name__}); expected a floating point weight: "
@@ -146,11 +144,10 @@ def _check_unshared(model: nn.Module, active: Mapping[str, Slot]) -> None:
 _CHUNK = 2**16  # numbers of a weight that are folded at a time: small enough for a core's own cache
 
 
-def _fold(layer: Any, slot: Slot) -> tuple[Tensor, SiteMerge]:
+def _fold(adapted: Adapted, path: str, adapters: Sequence[FoldableLayer]) -> tuple[Tensor, SiteMerge]:
     """The folded weight in the layer's layout and dtype, and what rounding did to it."""
-    adapters = slot.active_changes()
-    kind = adapters[0].kind
-    stored = layer.weight.data if slot.original is None else slot.original
+    layer, kind = adapted.layer(path), adapters[0].kind
+    stored = adapted.folded.get(path, layer.weight.data).to(layer.weight)
     folded = torch.empty_like(stored, memory_format=torch.contiguous_format)
     before, after = kind.matrix(layer, stored), kind.matrix(layer, folded)
     squares = torch.zeros(3, dtype=torch.float64)
@@ -160,14 +157,12 @@ def _fold(layer: Any, slot: Slot) -> tuple[Tensor, SiteMerge]:
         squares += _fold_rows(before[rows], after[rows], adapters, rows)
     change, lost, base = squares.sqrt().tolist()
     if not math.isfinite(base):
-        raise MergeError(
-            f"{slot.site_name}: the base weight holds NaN or infinity; expected finite numbers: load it again"
-        )
+        raise MergeError(f"{path}: the base weight holds NaN or infinity; expected finite numbers: load it again")
     if not math.isfinite(change):
-        raise MergeError(f"{slot.site_name}: the adapter's change holds NaN or infinity; expected finite numbers")
+        raise MergeError(f"{path}: the adapter's change holds NaN or infinity; expected finite numbers")
     if not math.isfinite(lost):
         raise MergeError(
-            f"{slot.site_name}: the sum of weight and change is beyond {stored.dtype}; load the base in bf16 or fp32"
+            f"{path}: the sum of weight and change is beyond {stored.dtype}; load the base in bf16 or fp32"
         )
     return folded, SiteMerge(change, change / max(base, 1e-30), lost / change if change else 0.0)
 
@@ -196,13 +191,14 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         MergeError: the model is not merged. AttachError: it carries no adapter.
     """
-    owner, record = host(model)
-    if not record.merged:
+    adapted = Adapted.of(model)
+    if not adapted.merged:
         raise MergeError("this model is not merged")
     forget_compiled()
-    for path, weight, slot in record.merged:
-        layer: Any = owner.get_submodule(path)
-        layer.weight.data = weight.to(layer.weight)  # the model may have moved or been cast since
-        put_slot(layer, slot.to(layer.weight.device))
-    record.merged.clear()
+    for path, weight in adapted.merged.items():
+        adapted.swap_weight(path, weight)
+    for path, slot in adapted.slots.items():
+        layer = adapted.layer(path)
+        slot.to(layer.weight.device).put_on(layer)
+    adapted.merged.clear()
     return model

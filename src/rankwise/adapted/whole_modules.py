@@ -4,14 +4,17 @@ The module keeps its class, its name and its forward; only what its ``weight`` r
 and no hook runs, and the original tensors come back as the very same objects.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
-from rankwise.sites import SAVED, SLOT
+from rankwise.sites import SLOT, WHOLE, base_modules
+
+# Path of a module to train whole → the values to start from, by their names in it, or None for the module's own.
+StartingValues = Mapping[str, Mapping[str, Tensor] | None]
 
 
 class Tensors(nn.Module):
@@ -25,14 +28,15 @@ class Tensors(nn.Module):
             self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
 
 
-class SavedTensors(nn.Module):
+class WholeModule(nn.Module):
     """One module's original tensors and the adapters' trained copies of them; its child.
 
     Attributes:
         path: of the module.
         original: what the module came with.
         copies: adapter name → trained copy.
-        shown: whose copy the module holds now; None: the original.
+        active: whose copy is trained and takes part in the forward; None: the original does.
+        shown: whose copy the module holds now; None: the original, as inside ``disabled(model)``.
     """
 
     def __init__(self, path: str, module: nn.Module) -> None:
@@ -40,7 +44,26 @@ class SavedTensors(nn.Module):
         self.path = path
         self.original = Tensors(module)
         self.copies = nn.ModuleDict()
+        self.active: str | None = None
         self.shown: str | None = None
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Refuse adapters that cannot be active together.
+
+        Raises:
+            AttachError: two of them have a copy of this module.
+        """
+        copies = [name for name in names if name in self.copies]
+        if len(copies) > 1:
+            raise AttachError(f"{self.path}: adapters {copies} each have a whole copy of it; activate one of them")
+
+    def activate(self, names: Sequence[str], trainable: Mapping[str, bool]) -> None:
+        """Train the copy of that one of the named adapters which has one; others are not touched."""
+        active = next((name for name in names if name in self.copies), None)
+        for name in (self.active, active):
+            if name is not None:
+                self.copies[name].requires_grad_(name == active and trainable[name])
+        self.active = active
 
     def show(self, module: nn.Module, name: str | None) -> None:
         """Let ``module``, whose child this is, hold the named copy, or the original."""
@@ -53,100 +76,45 @@ class SavedTensors(nn.Module):
         return self.original if name is None else self.copies[name]
 
 
-def saved_tensors(model: nn.Module) -> dict[str, SavedTensors]:
-    """Module path → its originals and copies, in the model's order."""
-    return {module.path: module for module in model.modules() if isinstance(module, SavedTensors)}
-
-
 def check_copyable(path: str, module: nn.Module) -> None:
     """Refuse a module whose tensors cannot be trained as they are.
 
     Raises:
         AttachError: a tensor is not floating point (a quantised layer), or an adapter sits inside.
     """
-    for name, parameter in module.named_parameters():
-        if SAVED in name.split("."):
-            continue
-        if not parameter.is_floating_point():
+    for inner, part in base_modules(module).items():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and not parameter.is_floating_point():
+                raise AttachError(
+                    f"{path}: {f'{inner}.{name}'.removeprefix('.')} is {parameter.dtype}, which cannot be trained "
+                    f"whole; load it unquantised"
+                )
+        if SLOT in part._modules:
             raise AttachError(
-                f"{path}: {name} is {parameter.dtype}, which cannot be trained whole; load it unquantised"
-            )
-        if SLOT in name.split("."):
-            raise AttachError(
-                f"{path}: an adapter sits inside ({name}); detach it, or take {path} from modules_to_save"
+                f"{path}: an adapter sits inside ({inner or path}); detach it, or take {path} from modules_to_save"
             )
 
 
-def add_copies(model: nn.Module, name: str, modules: Mapping[str, Mapping[str, Tensor] | None]) -> None:
-    """Give the adapter its own copy of each module (path → values to start from, or None for the module's own)."""
+def base_state(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors without the copies of them, by their names in the model's state dict."""
+    return {
+        ".".join(filter(None, (path, inner, name))): tensor
+        for inner, part in base_modules(module).items()
+        for name, tensor in Tensors(part).state_dict().items()
+    }
+
+
+def add_copies(root: nn.Module, name: str, modules: StartingValues) -> None:
+    """Give the adapter its own copy of each module."""
     memo: dict[int, Any] = {}  # tensors that are tied stay tied
     for path, values in modules.items():
-        for owner_path, owner in _owners(path, model.get_submodule(path)):
-            saved = owner._modules.get(SAVED)
-            if saved is None:
-                saved = SavedTensors(owner_path, owner)
-                owner.add_module(SAVED, saved)
-            assert isinstance(saved, SavedTensors)
-            copy = deepcopy(saved.original, memo)
+        for inner, module in base_modules(root.get_submodule(path)).items():
+            if not (module._parameters or module._buffers):
+                continue  # a mere container such as nn.Sequential
+            if WHOLE not in module._modules:
+                module.add_module(WHOLE, WholeModule(f"{path}.{inner}".removesuffix("."), module))
+            whole = cast(WholeModule, module._modules[WHOLE])
+            copy = deepcopy(whole.original, memo)
             if values is not None:
-                prefix = owner_path.removeprefix(path).removeprefix(".")
-                copy.load_state_dict({key: values[f"{prefix}.{key}".removeprefix(".")] for key in copy.state_dict()})
-            saved.copies[name] = copy
-
-
-def _owners(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules from ``path`` down that own tensors themselves: never a mere container such as nn.Sequential."""
-    return [
-        (f"{path}.{name}".removesuffix("."), owner)
-        for name, owner in module.named_modules()
-        if (owner._parameters or owner._buffers) and SAVED not in name.split(".")
-    ]
-
-
-def show_copies(model: nn.Module, names: Iterable[str], trainable: Mapping[str, bool]) -> None:
-    """Let each module hold the copy of that one of the named adapters which has one, and only it be trained.
-
-    Raises:
-        AttachError: two of the adapters have a copy of one module. Nothing is changed then.
-    """
-    wanted = {path: [name for name in names if name in saved.copies] for path, saved in saved_tensors(model).items()}
-    for path, found in wanted.items():
-        if len(found) > 1:
-            raise AttachError(f"{path}: adapters {found} each have a whole copy of it; activate one of them")
-    for path, saved in saved_tensors(model).items():
-        shown = next(iter(wanted[path]), None)
-        saved.show(model.get_submodule(path), shown)
-        for name, copy in saved.copies.items():
-            copy.requires_grad_(name == shown and trainable[name])
-
-
-def show_originals(model: nn.Module) -> None:
-    """Let each module hold what it came with."""
-    for path, saved in saved_tensors(model).items():
-        saved.show(model.get_submodule(path), None)
-
-
-def drop_copies(model: nn.Module, name: str) -> None:
-    """Forget one adapter's copies; a module with none left is as it was."""
-    for path, saved in saved_tensors(model).items():
-        if name in saved.copies:
-            if saved.shown == name:
-                saved.show(model.get_submodule(path), None)
-            del saved.copies[name]
-        if not saved.copies:
-            remove_saved(model, saved)
-
-
-def remove_saved(model: nn.Module, saved: SavedTensors) -> None:
-    """Take the copies off a module, which keeps what it shows."""
-    del model.get_submodule(saved.path)._modules[SAVED]
-
-
-def copied_values(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's trained copies, by their names in the model's own state dict."""
-    return {
-        f"{path}.{key}": value
-        for path, saved in saved_tensors(model).items()
-        if name in saved.copies
-        for key, value in saved.copies[name].state_dict().items()
-    }
+                copy.load_state_dict({key: values[f"{inner}.{key}".removeprefix(".")] for key in copy.state_dict()})
+            whole.copies[name] = copy

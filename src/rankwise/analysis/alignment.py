@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapted.slots import host
+from rankwise.adapted.adapted import Adapted
 from rankwise.algebra.low_rank import LowRank
-from rankwise.attaching import pairs
 from rankwise.errors import AttachError, SpecError
 from rankwise.evidence import exact_gradients
 from rankwise.methods import nearest
+from rankwise.pair import pairs
 from rankwise.shapes import Float
 from rankwise.variants.lora import FoldedLoraLayer, LoraLayer
 
@@ -112,19 +112,19 @@ def every_first_step(
     optimizers = tuple(optimizers)
     for optimizer in optimizers:
         _update(optimizer)
-    host(model)
-    found = pairs(model)
-    for pair in found:
+    active = pairs(model)
+    for pair in active:
         if type(pair.layer) not in (LoraLayer, FoldedLoraLayer):
             raise AttachError(
                 f"{pair.name}: the first step is compared for W₀ + s·BA; expected the variant 'lora', "
                 f"found a {type(pair.layer).__name__}"
             )
-    layers = {pair.name: host(model)[0].get_submodule(pair.name) for pair in found}
+    adapted = Adapted.of(model)
+    layers = {pair.name: adapted.layer(pair.name) for pair in active}
     evidence = exact_gradients(model, layers, batches, loss)
     result: dict[str, dict[str, Alignment]] = {optimizer: {} for optimizer in optimizers}
     with torch.no_grad():
-        for pair in found:
+        for pair in active:
             G = evidence.pop(pair.name).matrix  # freed layer by layer
             A, B = pair.A.to(G), pair.B.to(G)
             for optimizer in optimizers:

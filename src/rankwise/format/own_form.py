@@ -19,7 +19,7 @@ from rankwise.format.base_layers import base_layer
 from rankwise.format.names import CONFIG, OWN, TENSORS
 from rankwise.layers.kinds import kind_of
 from rankwise.methods import name_of
-from rankwise.sites import Site, Start, site_generator
+from rankwise.sites import Site, Start, base_modules, site_generator
 from rankwise.spec import LoRA
 from rankwise.tensor_files import read_tensors, write_tensors
 from rankwise.variants import VARIANTS
@@ -81,7 +81,7 @@ def read_own_form(model: nn.Module, directory: str | Path) -> OwnAdapter:
     config, tensors = read_json(folder / CONFIG), read_tensors(folder / TENSORS)
     spec, sites = configured(folder / CONFIG, config)
     states = states_by_site(folder / TENSORS, tensors, sites)
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     layers = {
         path: _restore(base_layer(modules, path, folder / TENSORS), spec, site, states[path], folder / TENSORS)
         for path, site in sites.items()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapted.slots import adapter_layers, adapter_name, check_new_name, host, install, root, switched_off
-from rankwise.adapted.whole_modules import check_copyable, copied_values
+from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
+from rankwise.adapted.whole_modules import base_state, check_copyable
 from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
@@ -23,8 +23,8 @@ from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantised
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of, keys_under
-from rankwise.planning import modules_saved_whole
-from rankwise.sites import SAVED, Site
+from rankwise.planning import whole_modules
+from rankwise.sites import Site, base_modules
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import FoldableLayer, PairVariant
 
@@ -40,15 +40,16 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
         UnsupportedAdapter: its variant gives tensors that no reader would know.
         NonFiniteTensor: it holds NaN or infinity.
     """
-    name = adapter_name(model, name)
-    owner, record = host(model)
-    spec = record.specs[name]
+    adapted = Adapted.of(model)
+    name = adapted.adapter_name(name)
+    spec = adapted.specs[name]
     if isinstance(spec.variant, PairVariant):
         write_adapter(portable(model, name=name), directory)
         return
-    with switched_off(model):
-        probes = base_probes(owner, list(adapter_layers(model, name)))
-    write_own_form(OwnAdapter(spec, adapter_layers(model, name), copied_values(owner, name), probes), directory)
+    layers = adapted.adapter_layers(name)
+    with adapted.switched_off():
+        probes = base_probes(adapted.root, list(layers))
+    write_own_form(OwnAdapter(spec, layers, adapted.whole_tensors(name), probes), directory)
 
 
 def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
@@ -57,17 +58,18 @@ def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
     Raises:
         AttachError: no such adapter, several are active and no name is given, or no pair can express it.
     """
-    name = adapter_name(model, name)
-    owner, record = host(model)
-    spec = record.specs[name]
+    adapted = Adapted.of(model)
+    name = adapted.adapter_name(name)
+    spec = adapted.specs[name]
     if not isinstance(spec.variant, PairVariant):
         raise AttachError(
             f"adapter {name!r} is of variant {name_of(VARIANTS, spec.variant)!r}, which no pair of factors can "
             f"express; expected a PairVariant's"
         )
-    changes = {path: each for path, each in adapter_layers(model, name).items() if isinstance(each, FoldableLayer)}
-    with switched_off(model):  # the probe must see the pretrained weights, whatever the anchor
-        return extract(owner, spec, changes, copied_values(owner, name))
+    layers = adapted.adapter_layers(name)
+    changes = {path: layer for path, layer in layers.items() if isinstance(layer, FoldableLayer)}
+    with adapted.switched_off():  # the probe must see the pretrained weights, whatever the anchor
+        return extract(adapted.root, spec, changes, adapted.whole_tensors(name))
 
 
 def load(
@@ -98,30 +100,30 @@ def load(
     check_new_name(model, name)
     if trainable:
         forbid_repacking(model)
-    owner = root(model)
+    root = base_root(model)
     where = Path(directory) / TENSORS
     if is_own(read_json(Path(directory) / CONFIG)):
-        stored = read_own_form(owner, directory)
+        stored = read_own_form(root, directory)
         _check_allowed(stored.whole, modules_to_save, where)
         if not allow_other_base:
-            _check_base(owner, stored.base_probe, None, directory, quantised=False)
-        whole = _saved_whole(owner, stored.spec.modules_to_save, stored.whole, where)
-        install(owner, name, stored.spec, stored.layers, trainable=trainable, saved=whole)
+            _check_base(root, stored.base_probe, None, directory, quantised=False)
+        whole = _saved_whole(root, stored.spec.modules_to_save, stored.whole, where)
+        Adapted.ensure(model).add(name, stored.spec, stored.layers, whole, trainable=trainable)
         return model
     adapter = read_adapter(directory)
     _check_allowed(adapter.saved, modules_to_save, where)
-    _check_promised(owner, adapter, where)
+    _check_promised(root, adapter, where)
     variant = adapter.spec.variant
     assert isinstance(variant, PairVariant)
-    modules = dict(owner.named_modules())
+    modules = base_modules(root)
     built = {
         path: _restore(modules, path, site, variant, adapter.spec.dropout, directory)
         for path, site in adapter.sites.items()
     }
     if not allow_other_base:
-        _check_base(owner, adapter.base_probe, adapter.base_model, directory, quantised=adapter.base_quantised)
-    whole = _saved_whole(owner, adapter.spec.modules_to_save, adapter.saved, where)
-    install(owner, name, adapter.spec, built, trainable=trainable, saved=whole)
+        _check_base(root, adapter.base_probe, adapter.base_model, directory, quantised=adapter.base_quantised)
+    whole = _saved_whole(root, adapter.spec.modules_to_save, adapter.saved, where)
+    Adapted.ensure(model).add(name, adapter.spec, built, whole, trainable=trainable)
     return model
 
 
@@ -132,23 +134,22 @@ def _saved_whole(
 
     PEFT lists heads that a model may have ("classifier", "score"): a name without tensors that fits no module is none.
     """
-    known = {end for path, _ in model.named_modules() for end in ends_of(path)}
+    known = {end for path in base_modules(model) for end in ends_of(path)}
     present = [name for name in names if name in known]
-    whole = modules_saved_whole(model, present)
+    whole = whole_modules(model, present)
     by_module = {path: {k: v for k, v in tensors.items() if k.startswith(f"{path}.")} for path in whole}
     strays = tensors.keys() - {key for part in by_module.values() for key in part}
     if strays:
         raise BaseMismatch(f"{where}: has {min(strays)}, of a module that this model lacks; it is another base's")
     for path, module in whole.items():
         check_copyable(path, module)
-        _check_state(where, path, module.state_dict(), by_module[path])
+        _check_state(where, path, base_state(path, module), by_module[path])
     return {
         path: {key.removeprefix(f"{path}."): tensor for key, tensor in part.items()} for path, part in by_module.items()
     }
 
 
-def _check_state(where: Path, path: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    expected = {f"{path}.{key}": tensor for key, tensor in own.items() if SAVED not in key.split(".")}
+def _check_state(where: Path, path: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     if expected.keys() - found.keys():
         raise MissingTensor(f"{where}: no {min(expected.keys() - found.keys())}, which modules_to_save promises")
     if found.keys() - expected.keys():
@@ -178,7 +179,7 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
     targets, excluded = adapter.targets, adapter.spec.exclude_modules
     if isinstance(targets, str) or isinstance(excluded, str):
         return  # regular expressions out of a file are not run: one can be made to take forever
-    layers = [path for path, module in model.named_modules() if kind_or_none(module) is not None]
+    layers = [path for path, module in base_modules(model).items() if kind_or_none(module) is not None]
     elsewhere = {*adapter.sites, *keys_under(adapter.spec.modules_to_save, layers)}
     wanted, unwanted = set(targets), set(excluded)
     for path in layers:
@@ -248,7 +249,7 @@ def _check_base(
     Args:
         quantised: whether the recorded base was.
     """
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     strays = [path for path in probes if path not in modules or kind_or_none(modules[path]) is None]
     if strays:
         raise BaseMismatch(f"{directory}: records base weights of {strays[0]!r}, no layer of this model that could be")

@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rankwise.adapted.slots import adapter_layers, adapter_name, host
-from rankwise.adapted.whole_modules import copied_values
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import MissingTensor, ShapeMismatch, SpecMismatch, UnexpectedTensor
 from rankwise.tensor_files import read_tensors, write_tensors
 
@@ -23,7 +22,8 @@ _SPEC = "rankwise_spec"
 
 
 def _spec(model: nn.Module, name: str | None) -> str:
-    return json.dumps(host(model)[1].specs[adapter_name(model, name)].to_dict(), sort_keys=True)
+    adapted = Adapted.of(model)
+    return json.dumps(adapted.specs[adapted.adapter_name(name)].to_dict(), sort_keys=True)
 
 
 def _check_spec(path: Path, expected: str) -> None:
@@ -39,10 +39,11 @@ def _check_spec(path: Path, expected: str) -> None:
 
 
 def _tensors(model: nn.Module, name: str | None) -> dict[str, Tensor]:
-    name = adapter_name(model, name)
-    layers = adapter_layers(model, name)
+    adapted = Adapted.of(model)
+    name = adapted.adapter_name(name)
+    layers = adapted.adapter_layers(name)
     own = {f"{path}.{key}": value for path, layer in layers.items() for key, value in layer.state_dict().items()}
-    return own | copied_values(model, name)
+    return own | adapted.whole_tensors(name)
 
 
 def save_state(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:

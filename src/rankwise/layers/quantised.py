@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.sites import base_modules
 
 
 def is_quantised(layer: Any) -> bool:
@@ -54,7 +55,7 @@ def forbid_repacking(model: nn.Module) -> None:
     Raises:
         AttachError: that has happened already.
     """
-    for path, module in model.named_modules():
+    for path, module in base_modules(model).items():
         if ("bitsandbytes.nn.modules", "Linear4bit") not in {(c.__module__, c.__name__) for c in type(module).__mro__}:
             continue
         layer: Any = module

@@ -6,16 +6,12 @@ A row makes the optimizer's options as plain values; called with a model they bu
 from rankwise.methods import Method, lazy_attributes
 
 OPTIMIZERS: dict[str, Method] = {
-    "adamw": Method(
-        "rankwise.optim.lora_plus:AdamWChoice", "arXiv 1711.05101", "torch's AdamW on the pairs: the default"
-    ),
+    "adamw": Method(".optim.lora_plus:AdamWChoice", "arXiv 1711.05101", "torch's AdamW on the pairs: the default"),
     "lora-plus": Method(
-        "rankwise.optim.lora_plus:LoraPlusChoice",
-        "arXiv 2402.12354",
-        "AdamW with a larger learning rate for B than for A",
+        ".optim.lora_plus:LoraPlusChoice", "arXiv 2402.12354", "AdamW with a larger learning rate for B than for A"
     ),
     "lora-pro": Method(
-        "rankwise.optim.lora_pro:LoraProChoice",
+        ".optim.lora_pro:LoraProChoice",
         "arXiv 2407.18242",
         "moves the pair so that the weight moves as full fine-tuning would move it",
     ),
@@ -25,11 +21,11 @@ __getattr__ = lazy_attributes(
     __name__,
     OPTIMIZERS,
     {
-        "LoraPro": "rankwise.optim.lora_pro:LoraPro",
-        "OptimizerChoice": "rankwise.optim.choice:OptimizerChoice",
-        "PairOptimizer": "rankwise.optim.pair_optimizer:PairOptimizer",
-        "RankAllocator": "rankwise.variants.rank_allocator:RankAllocator",
-        "derived_ratio": "rankwise.optim.lora_plus:derived_ratio",
-        "param_groups": "rankwise.optim.lora_plus:param_groups",
+        "LoraPro": ".optim.lora_pro:LoraPro",
+        "OptimizerChoice": ".optim.choice:OptimizerChoice",
+        "PairOptimizer": ".optim.pair_optimizer:PairOptimizer",
+        "RankAllocator": ".variants.rank_allocator:RankAllocator",
+        "derived_ratio": ".optim.lora_plus:derived_ratio",
+        "param_groups": ".optim.lora_plus:param_groups",
     },
 )

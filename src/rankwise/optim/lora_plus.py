@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from rankwise.adapted.slots import host, slots
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import AttachError
 from rankwise.optim.checks import check_number
 from rankwise.optim.choice import GroupsChoice
@@ -73,8 +73,7 @@ def param_groups(
     check_number("weight_decay", weight_decay, above_zero=False)
     if lr_ratio != "derived":
         check_number("lr_ratio ('derived', or a number such as 16)", lr_ratio, above_zero=True)
-    host(model)
-    ratios = _ratios(model, lr_ratio)
+    ratios = _ratios(Adapted.of(model), lr_ratio)
     members: dict[float, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -94,11 +93,11 @@ def param_groups(
     ]
 
 
-def _ratios(model: nn.Module, lr_ratio: float | str) -> dict[int, float]:
+def _ratios(adapted: Adapted, lr_ratio: float | str) -> dict[int, float]:
     """id of each lora_B whose rate is its own → λ."""
     ratios = {}
-    for slot in slots(model).values():
-        for layer in slot.layers().values():
+    for slot in adapted.slots.values():
+        for layer in slot.adapters.values():
             if isinstance(layer, PairLayer) and layer.site.kind != "embedding":
                 out, into = layer.site.shape
                 ratios[id(layer.lora_B)] = (

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from rankwise.algebra.low_rank import LowRank
-from rankwise.attaching import Pair
 from rankwise.errors import SpecError
 from rankwise.methods import nearest
 from rankwise.optim.checks import check_betas, check_number
 from rankwise.optim.choice import choice_of
 from rankwise.optim.elementwise import State, adam_direction, sgd_direction
 from rankwise.optim.pair_optimizer import Direction, PairOptimizer
+from rankwise.pair import Pair
 from rankwise.shapes import Float
 
 # --- the equivalent gradient -----------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rankwise.attaching import Pair, pairs
 from rankwise.errors import CheckpointError, SpecError, TrainingError
 from rankwise.optim.checks import check_number
 from rankwise.optim.elementwise import State, adam_direction
 from rankwise.optim.masters import move, whole, wide
+from rankwise.pair import Pair, pairs
 from rankwise.variants.lora import LoraLayer
 
 T = TypeVar("T", bound="PairOptimizer")

@@ -3,19 +3,17 @@
 from rankwise.methods import Method, lazy_attributes
 
 VARIANTS: dict[str, Method] = {
-    "lora": Method("rankwise.variants.lora:Lora", "arXiv 2106.09685", "W₀ + s(BA − B₀A₀)"),
+    "lora": Method(".variants.lora:Lora", "arXiv 2106.09685", "W₀ + s(BA − B₀A₀)"),
     "dora": Method(
-        "rankwise.variants.dora:Dora",
-        "arXiv 2402.09353",
-        "m ⊙ (W₀ + s(BA − B₀A₀)) / ‖·‖: each row's length trained apart",
+        ".variants.dora:Dora", "arXiv 2402.09353", "m ⊙ (W₀ + s(BA − B₀A₀)) / ‖·‖: each row's length trained apart"
     ),
     "adalora": Method(
-        "rankwise.variants.adalora:AdaLora",
+        ".variants.adalora:AdaLora",
         "arXiv 2303.10512",
         "W₀ + s·B diag(λ) A: ranks shared out by importance while training",
     ),
     "bottleneck": Method(
-        "rankwise.variants.bottleneck:BottleneckVariant",
+        ".variants.bottleneck:BottleneckVariant",
         "arXiv 1902.00751",
         "y + up(act(down(y))) behind a layer: no change of its weight, so it stays at inference",
     ),
@@ -25,9 +23,9 @@ __getattr__ = lazy_attributes(
     __name__,
     VARIANTS,
     {
-        "AdapterLayer": "rankwise.variants.base:AdapterLayer",
-        "FoldableLayer": "rankwise.variants.base:FoldableLayer",
-        "PairLayer": "rankwise.variants.base:PairLayer",
-        "Variant": "rankwise.variants.base:Variant",
+        "AdapterLayer": ".variants.base:AdapterLayer",
+        "FoldableLayer": ".variants.base:FoldableLayer",
+        "PairLayer": ".variants.base:PairLayer",
+        "Variant": ".variants.base:Variant",
     },
 )

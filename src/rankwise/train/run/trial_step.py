@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import rankwise as rw
-from rankwise.adapted.slots import adapter_layers, adapter_name
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import NoGradient, TrainingError
 
 _ADAM = 2  # numbers that it keeps for each trained one
@@ -110,7 +110,8 @@ def _idle(model: PreTrainedModel) -> list[str]:
     Raises:
         TrainingError: one that is not finite. NoGradient: no site has one.
     """
-    idle, layers = [], adapter_layers(model, adapter_name(model, None))
+    adapted = Adapted.of(model)
+    idle, layers = [], adapted.adapter_layers(adapted.adapter_name(None))
     for name, layer in layers.items():
         found = [tensor.grad for tensor in layer.parameters() if tensor.grad is not None]
         if not all(bool(torch.isfinite(gradient).all()) for gradient in found):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from trl import SFTConfig, SFTTrainer
 
 import rankwise as rw
-from rankwise.adapted.slots import find_record
+from rankwise.adapted.adapted import Adapted
 from rankwise.errors import CheckpointError, OutOfMemory, RecipeError, TrainingError
 from rankwise.format.state import load_state, save_state
 from rankwise.methods import name_of, resolve
@@ -138,7 +138,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         It leaves the run's random numbers as they were, so that a run takes the same steps however often it is
         evaluated, and resumes exactly from a checkpoint that was written before an evaluation.
         """
-        before_training = self.state.global_step == 0 and find_record(self.model) is not None
+        before_training = self.state.global_step == 0 and Adapted.find(self.model) is not None
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with rw.disabled(self.model) if before_training else nullcontext(), torch.random.fork_rng(devices):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.adapted.slots import active_specs
+from rankwise.adapted.adapted import active_specs
 from rankwise.variants.base import TrainingHook, Variant
 
 
