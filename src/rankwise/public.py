@@ -1,6 +1,6 @@
 """The public names of rankwise, imported together; ``rankwise`` itself takes them from here when one is first used."""
 
-from rankwise import analysis, errors, evidence, inits, optim, variants
+from rankwise import algebra, analysis, errors, evidence, inits, optim, variants
 from rankwise.adapted.merge import merge, unmerge
 from rankwise.algebra.low_rank import LowRank
 from rankwise.attaching import activate, attach, detach, disabled, trainable_parameters
