@@ -15,16 +15,42 @@ OPTIMIZERS: dict[str, Method] = {
         "arXiv 2407.18242",
         "moves the pair so that the weight moves as full fine-tuning would move it",
     ),
+    "spectral": Method(
+        ".optim.spectral:SpectralChoice",
+        "arXiv 2507.12142",
+        "Muon's step in the space of what the pair can do to the weight, for both halves at once",
+    ),
+    "polora": Method(
+        ".optim.polora:PoloraChoice", "arXiv 2607.17620", "a polar step for each half, behind row and column scales"
+    ),
+    "lora-muon": Method(
+        ".optim.lora_muon:LoraMuonChoice", "arXiv 2606.12921", "Muon's step for each half, measured in the weight"
+    ),
+    "scaled-adam": Method(
+        ".optim.scaled_adam:ScaledAdamChoice",
+        "arXiv 2402.02347",
+        "each half's gradient divided by the other's Gram matrix, then Adam",
+    ),
+    "loft": Method(
+        ".optim.loft:LoftChoice",
+        "arXiv 2505.21289",
+        "full fine-tuning's AdamW as seen from one half, the halves in turn",
+    ),
 }
 
 __getattr__ = lazy_attributes(
     __name__,
     OPTIMIZERS,
     {
+        "Loft": ".optim.loft:Loft",
+        "LoraMuon": ".optim.lora_muon:LoraMuon",
         "LoraPro": ".optim.lora_pro:LoraPro",
         "OptimizerChoice": ".optim.choice:OptimizerChoice",
         "PairOptimizer": ".optim.pair_optimizer:PairOptimizer",
+        "Polora": ".optim.polora:Polora",
         "RankAllocator": ".variants.rank_allocator:RankAllocator",
+        "ScaledAdam": ".optim.scaled_adam:ScaledAdam",
+        "Spectral": ".optim.spectral:Spectral",
         "derived_ratio": ".optim.lora_plus:derived_ratio",
         "param_groups": ".optim.lora_plus:param_groups",
     },

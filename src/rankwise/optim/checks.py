@@ -17,11 +17,11 @@ def check_number(name: str, value: object, *, above_zero: bool) -> None:
         raise SpecError(f"{name}: expected {expected}, found {value!r}")
 
 
-def check_betas(betas: tuple[float, float]) -> None:
-    """Refuse decay rates of Adam's moments outside [0, 1).
+def check_betas(betas: tuple[float, ...]) -> None:
+    """Refuse decay rates of moments outside [0, 1).
 
     Raises:
         SpecError: naming what was found.
     """
     if not all(0 <= beta < 1 for beta in betas):
-        raise SpecError(f"betas: expected two numbers in [0, 1), found {betas!r}")
+        raise SpecError(f"betas: expected numbers in [0, 1), found {betas!r}")

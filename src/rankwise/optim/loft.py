@@ -18,12 +18,17 @@ Inverses are pseudo-inverses. Departs from the authors' code (github.com/tnurbek
 turns by Cᵀ v C for B as the paper has it, where the code has C v Cᵀ.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.algebra.msign import thin_svd
+from rankwise.optim.checks import check_betas, check_number
+from rankwise.optim.choice import choice_of
+from rankwise.optim.pair_optimizer import PairOptimizer
+from rankwise.pair import Pair
 from rankwise.shapes import Float
 
 
@@ -99,3 +104,31 @@ def _projected(
         for m, v in zip(mean.split(count, -2), square.split(count, -2), strict=True)
     ]
     return torch.cat(parts, -2)
+
+
+class Loft(PairOptimizer):
+    """LoFT on typed pairs; ``lr`` is that of AdamW on the weights themselves.
+
+    Args:
+        pairs, others: as for :class:`~rankwise.optim.spectral.Spectral`.
+        betas, eps: of the formulas above.
+    """
+
+    dense: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        others: Iterable[Any] = (),
+    ) -> None:
+        check_betas(betas)
+        check_number("eps", eps, above_zero=True)
+        options = {"betas": tuple(betas), "eps": eps}
+        super().__init__(pairs, direction, options, lr=lr, weight_decay=weight_decay, others=others)
+
+
+LoftChoice = choice_of(Loft)

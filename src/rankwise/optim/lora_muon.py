@@ -12,13 +12,18 @@ Roots are pseudo-inverses, from the SVDs of A and B and not from the Gram matric
 squared. Departs from the paper in the exact sign, in place of Newton–Schulz.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.algebra.msign import msign, thin_svd
-from rankwise.optim.moments import momentum
+from rankwise.optim.checks import check_betas
+from rankwise.optim.choice import choice_of
+from rankwise.optim.elementwise import momentum
+from rankwise.optim.pair_optimizer import PairOptimizer
+from rankwise.pair import Pair
 from rankwise.shapes import Float
 
 
@@ -54,3 +59,30 @@ def _half(M: Float[Tensor, "*n m r"], other: Float[Tensor, "*n k r"]) -> Float[T
     f = thin_svd(other)
     root = f.V * f.inverse[..., None, :]
     return msign(M @ root) @ root.mT
+
+
+class LoraMuon(PairOptimizer):
+    """LoRA-Muon on typed pairs. ``lr`` bounds how far a step moves W, in spectral norm.
+
+    Args:
+        pairs, others: as for :class:`~rankwise.optim.spectral.Spectral`.
+        beta: of the momentum.
+    """
+
+    invariant: ClassVar[bool] = True
+    others_lr: ClassVar[float | None] = 2e-4
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        lr: float = 0.1,
+        beta: float = 0.8,
+        weight_decay: float = 0.0,
+        others: Iterable[Any] = (),
+    ) -> None:
+        check_betas((beta,))
+        options = {"beta": beta}
+        super().__init__(pairs, direction, options, lr=lr, weight_decay=weight_decay, others=others)
+
+
+LoraMuonChoice = choice_of(LoraMuon)

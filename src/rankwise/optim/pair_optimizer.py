@@ -48,10 +48,13 @@ class PairOptimizer(torch.optim.Optimizer):
     Attributes:
         invariant: whether the first step's change of the weight is the same for (A, B) and (TA, BT⁻¹).
         dense: whether the direction or its state is as large as the weight, [out, in] for each pair.
+        others_lr: the rate of what is in no pair, unless its group brings one; None: that of the pairs. A method whose
+            rate is a distance in W has another for AdamW's.
     """
 
     invariant: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    others_lr: ClassVar[float | None] = None
 
     def __init__(
         self,
@@ -83,7 +86,8 @@ class PairOptimizer(torch.optim.Optimizer):
         self.direction, self.others_direction = direction, others_direction
         self._options, self._others_options = tuple(options), tuple(others_options)
         of_pairs = {"params": [p for pair in self.pairs for p in pair.parameters], "name": "pairs", **options}
-        groups = [of_pairs, *_groups(others)]
+        rest = {"lr": lr if self.others_lr is None else self.others_lr}
+        groups = [of_pairs, *({**rest, **group} for group in _groups(others))]
         self._check_complete([p for group in groups for p in group["params"]])
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **others_options})
 
@@ -92,7 +96,7 @@ class PairOptimizer(torch.optim.Optimizer):
         """The optimizer of everything trainable in ``model``: the active adapter's pairs, and the rest as others.
 
         Args:
-            others_lr: of what is in no pair; None: ``lr``.
+            others_lr: of what is in no pair; None: the method's own default.
 
         Raises:
             AttachError: the model has no adapter, or not exactly one is active.
@@ -102,8 +106,8 @@ class PairOptimizer(torch.optim.Optimizer):
         own = pairs(model)
         paired = {id(p) for pair in own for p in pair.parameters}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
-        others = [{"params": rest, "lr": lr if others_lr is None else others_lr}] if rest else []
-        return cls(own, lr=lr, others=others, **options)
+        rate = {} if others_lr is None else {"lr": others_lr}
+        return cls(own, lr=lr, others=[{"params": rest, **rate}] if rest else [], **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -18,13 +18,18 @@ zero, which stands for all equal, where the paper begins at a small number. Rota
 A → TA, B → BT⁻¹ with another T changes ρ.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.algebra.msign import msign, spectral_norm, thin_svd
-from rankwise.optim.moments import momentum
+from rankwise.optim.checks import check_betas, check_number
+from rankwise.optim.choice import choice_of
+from rankwise.optim.elementwise import momentum
+from rankwise.optim.pair_optimizer import PairOptimizer
+from rankwise.pair import Pair
 from rankwise.shapes import Float
 
 
@@ -85,3 +90,31 @@ def _polar(
     D = msign(M / root[..., None] @ C) @ C.mT / root[..., None]
     norm = spectral_norm(D)[..., None, None]
     return D / torch.where(norm > 0, norm, 1.0)
+
+
+class Polora(PairOptimizer):
+    """PoLoRA on typed pairs. ``lr`` bounds how far a step moves W, in spectral norm.
+
+    Args:
+        pairs, others: as for :class:`~rankwise.optim.spectral.Spectral`.
+        betas, delta: β₁, β₂ and δ of the formulas above.
+    """
+
+    others_lr: ClassVar[float | None] = 2e-4
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.99),
+        delta: float = 1e-4,
+        weight_decay: float = 0.0,
+        others: Iterable[Any] = (),
+    ) -> None:
+        check_betas(betas)
+        check_number("delta", delta, above_zero=True)
+        options = {"betas": tuple(betas), "delta": delta}
+        super().__init__(pairs, direction, options, lr=lr, weight_decay=weight_decay, others=others)
+
+
+PoloraChoice = choice_of(Polora)

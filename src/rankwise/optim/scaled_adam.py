@@ -8,12 +8,17 @@ The rate is Adam's: what an element of A or B moves by. The preconditioned gradi
 of A and B; Adam, element by element, does not keep that. With B = 0 only B moves.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rankwise.optim.moments import adam
+from rankwise.optim.checks import check_betas, check_number
+from rankwise.optim.choice import choice_of
+from rankwise.optim.elementwise import adam_direction
+from rankwise.optim.pair_optimizer import PairOptimizer
+from rankwise.pair import Pair
 from rankwise.shapes import Float
 
 
@@ -39,10 +44,9 @@ def direction(
         betas, eps: Adam's.
         delta: δ.
     """
-    state["step"] = state.get("step", 0) + 1
     scaled_A = _divided(grad_A.mT, B, delta).mT
     scaled_B = _divided(grad_B, A.mT, delta)
-    return adam(scaled_A, state, "A", betas, eps), adam(scaled_B, state, "B", betas, eps)
+    return adam_direction(scaled_A, state, betas, eps, "A_"), adam_direction(scaled_B, state, betas, eps, "B_")
 
 
 def _divided(
@@ -54,3 +58,31 @@ def _divided(
     weights[..., : S.shape[-1]] = (S.square() + delta).reciprocal()
     divided: Tensor = gradient @ (Vh.mT * weights[..., None, :]) @ Vh
     return divided
+
+
+class ScaledAdam(PairOptimizer):
+    """Scaled Adam on typed pairs; ``lr`` is Adam's.
+
+    Args:
+        pairs, others: as for :class:`~rankwise.optim.spectral.Spectral`.
+        betas, eps, delta: of the formulas above.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        delta: float = 1e-6,
+        weight_decay: float = 0.0,
+        others: Iterable[Any] = (),
+    ) -> None:
+        check_betas(betas)
+        check_number("eps", eps, above_zero=True)
+        check_number("delta", delta, above_zero=True)
+        options = {"betas": tuple(betas), "eps": eps, "delta": delta}
+        super().__init__(pairs, direction, options, lr=lr, weight_decay=weight_decay, others=others)
+
+
+ScaledAdamChoice = choice_of(ScaledAdam)

@@ -21,13 +21,18 @@ After Muon (Jordan 2024), in the tangent space as in Riemannion (arXiv 2507.1214
 step; here the pair itself moves, and its product gains the second-order term s δB δA.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from rankwise.algebra.msign import ThinSVD, msign, thin_svd
-from rankwise.optim.moments import momentum
+from rankwise.optim.checks import check_betas
+from rankwise.optim.choice import choice_of
+from rankwise.optim.elementwise import momentum
+from rankwise.optim.pair_optimizer import PairOptimizer
+from rankwise.pair import Pair
 from rankwise.shapes import Float
 
 
@@ -80,3 +85,38 @@ def tangent_sign(
     U = Q_Z @ sign[..., k_B:, :k_A]
     size = size[..., None, None]
     return size * (b.V * b.inverse[..., None, :]) @ V, size * U @ (a.V * a.inverse[..., None, :]).mT
+
+
+class Spectral(PairOptimizer):
+    """The joint spectral step on typed pairs. ``lr`` is a distance in W, the same for every rank, alpha and scale.
+
+    Args:
+        pairs: from :func:`rankwise.pairs`.
+        lr: η of the formulas above. A step has a fixed length, so let it fall to zero over a run.
+        beta: of the momentum.
+        others: trained tensors that are in no pair, which get AdamW at ``others_lr`` unless their group brings a rate.
+
+    >>> import torch, rankwise as rw
+    >>> model = rw.attach(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)), rw.LoRA(rank=2))
+    >>> optimizer = Spectral(rw.pairs(model), lr=0.05)
+    >>> model(torch.randn(5, 8)).square().mean().backward()
+    >>> optimizer.step()
+    """
+
+    invariant: ClassVar[bool] = True
+    others_lr: ClassVar[float | None] = 2e-4
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        lr: float = 0.05,
+        beta: float = 0.8,
+        weight_decay: float = 0.0,
+        others: Iterable[Any] = (),
+    ) -> None:
+        check_betas((beta,))
+        options = {"beta": beta}
+        super().__init__(pairs, direction, options, lr=lr, weight_decay=weight_decay, others=others)
+
+
+SpectralChoice = choice_of(Spectral)
