@@ -15,7 +15,7 @@ from rankwise.collection import given_evidence
 from rankwise.errors import AttachError, EvidenceError, SpecError
 from rankwise.evidence.collecting import collect
 from rankwise.evidence.undisturbed import repeatable
-from rankwise.inits.base import EVIDENCE, Init
+from rankwise.inits.base import Init
 from rankwise.layers.kinds import KINDS, base_matrix
 from rankwise.layers.quantised import forbid_repacking
 from rankwise.planning import Plan, plan, planned_sites, starting_sites, whole_modules
@@ -115,16 +115,7 @@ def _plan(
     if given is None:
         return plan(model, spec, method=method, memory_budget=memory_budget)
     sites = planned_sites(model, spec)
-    missing = [site.name for site in sites if site.name not in given]
-    if missing:
-        raise EvidenceError(f"evidence lacks {len(missing)} of {len(sites)} sites, the first is {missing[0]!r}")
-    for site in sites:
-        if not isinstance(given[site.name], EVIDENCE[spec.init.needs]):
-            raise EvidenceError(
-                f"{site.name}: init {type(spec.init).__name__} starts from {spec.init.needs}, found a "
-                f"{type(given[site.name]).__name__}; collect that, or pass batches"
-            )
-    return Plan(sites, given_evidence(starting_sites(sites, spec)))
+    return Plan(sites, given_evidence(starting_sites(sites, spec), spec.init, given))
 
 
 def _adapters(

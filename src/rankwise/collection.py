@@ -5,10 +5,10 @@ Pure: sizes are read off the sites, no model is run. :func:`rankwise.evidence.co
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rankwise.errors import EvidenceError
-from rankwise.inits.base import Init
+from rankwise.inits.base import EVIDENCE, Init
 from rankwise.methods import nearest
 from rankwise.sites import Site
 from rankwise.text_table import aligned
@@ -83,13 +83,12 @@ class Collection:
         headline = f"starts from {self.title}: {self.reason}"
         if self.kind in ("nothing", "given"):
             return headline
-        rows = [("pass", "from", "to", "sites", "directions", "sweeps", "MiB held")]
+        rows = [("pass", "from", "to", "sites", "directions", "bytes held")]
         for number, part in enumerate(self.passes, 1):
-            kept = sorted({*part.directions.values()})
-            span = "–".join(map(str, dict.fromkeys((kept[0], kept[-1])))) if kept else "all"
+            kept = {*part.directions.values()}
+            span = "–".join(map(str, sorted({min(kept), max(kept)}))) if kept else "all"
             first, last = part.sites[0].name, part.sites[-1].name
-            size = f"{part.bytes / 2**20:,.1f}"
-            rows.append((str(number), first, last, str(len(part.sites)), span, str(part.sweeps), size))
+            rows.append((str(number), first, last, str(len(part.sites)), span, f"{part.bytes:,}"))
         return f"{headline}\n{aligned(rows, 3)}"
 
 
@@ -113,8 +112,21 @@ def needed_evidence(
     return Collection(init.needs, reason, (_pass(sites, init.needs, directions),), name, init.reference)
 
 
-def given_evidence(sites: Sequence[Site]) -> Collection:
-    """Nothing is to be collected, as evidence for all sites is at hand."""
+def given_evidence(sites: Sequence[Site], init: Init, evidence: Mapping[str, Any]) -> Collection:
+    """Nothing is to be collected, as evidence for all sites is at hand.
+
+    Raises:
+        EvidenceError: it lacks a site, or is not what ``init`` needs.
+    """
+    missing = [site.name for site in sites if site.name not in evidence]
+    if missing:
+        raise EvidenceError(f"evidence lacks {len(missing)} of {len(sites)} sites, the first is {missing[0]!r}")
+    for site in sites:
+        if not isinstance(evidence[site.name], EVIDENCE[init.needs]):
+            raise EvidenceError(
+                f"{site.name}: init {type(init).__name__} starts from {init.needs}, found a "
+                f"{type(evidence[site.name]).__name__}; collect that, or pass batches"
+            )
     return Collection("given", "nothing is collected", (_pass(sites, "given"),))
 
 
