@@ -164,7 +164,7 @@ def test_the_start_depends_on_the_seed_and_the_site_only(case):
     torch.manual_seed(12345)
     name = case.sites[-1]  # attached alone, after another global seed
     spec = rw.LoRA.from_dict({**case.spec.to_dict(), "target_modules": [name]})
-    alone = adapter_layers(case.attached(spec=spec), "default")[name]
+    alone = Adapted.of(case.attached(spec=spec)).adapter_layers("default")[name]
     together = Adapted.of(case.model).adapter_layers("default")[name]
     if together.site.rank != alone.site.rank:
         pytest.skip(
