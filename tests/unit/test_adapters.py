@@ -1,7 +1,9 @@
 """Adapters on a model: names, activation, detaching one, copies, pickles, and layers that are bypassed."""
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -202,6 +204,20 @@ def test_a_copy_before_the_first_forward_still_watches_it():
     model = copy.deepcopy(rw.attach(Bypassed(), rw.LoRA(rank=2, target_modules=["used", "bypassed"])))
     with pytest.raises(SiteNeverFired):
         model(X)
+
+
+def test_a_model_goes_with_its_last_reference():
+    model = rw.attach(mlp(), rw.LoRA(rank=2, target_modules=["0"], modules_to_save=["2"]))
+    model(X)
+    with rw.disabled(model):
+        model(X)
+    reference = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_casting_the_whole_model():

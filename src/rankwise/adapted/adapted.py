@@ -1,6 +1,7 @@
 """Adapted: a model that carries adapters, and all that is known of it, in one object."""
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,10 +24,10 @@ from rankwise.variants.base import AdapterLayer
 class Adapted:
     """A model that carries adapters.
 
-    It is a plain attribute of the model, so copies and pickles of the model have their own.
+    It is a plain attribute of the model, so copies and pickles of the model have their own. It refers to the model
+    weakly, or a model of many GB would wait for Python's garbage collector after its last use.
 
     Attributes:
-        root: the module that ``attach`` was called with. Paths start there.
         base_flags: parameter name → requires_grad before the first attach.
         specs: adapter name → its spec.
         trainable: adapter name → whether it is trained when active.
@@ -38,7 +39,6 @@ class Adapted:
         merged: site name → the weight that ``merge`` put aside. The slots are off their layers then.
     """
 
-    root: nn.Module
     base_flags: Mapping[str, bool]
     specs: dict[str, LoRA] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
@@ -48,12 +48,27 @@ class Adapted:
     whole_modules: dict[str, WholeModule] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, Tensor] = field(default_factory=dict)
+    _root: "weakref.ref[nn.Module] | None" = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_root": None}  # the copy's is another
+
+    @property
+    def root(self) -> nn.Module:
+        """The module that ``attach`` was called with. Paths start there."""
+        root = self._root() if self._root else None
+        assert root is not None
+        return root
 
     @staticmethod
     def find(model: nn.Module) -> "Adapted | None":
         """That of a model or of the one inside its wrapper (DDP's, torch.compile's); None without adapters."""
-        modules = model.modules()  # lazily, the model first, then what it wraps
-        return next((vars(module)[ADAPTED] for module in modules if ADAPTED in vars(module)), None)
+        for module in model.modules():  # lazily, the model first, then what it wraps
+            adapted = vars(module).get(ADAPTED)
+            if isinstance(adapted, Adapted):
+                adapted._root = weakref.ref(module)
+                return adapted
+        return None
 
     @staticmethod
     def of(model: nn.Module) -> "Adapted":
@@ -70,13 +85,11 @@ class Adapted:
     @staticmethod
     def ensure(model: nn.Module) -> "Adapted":
         """Like :meth:`find`; a model without adapters is frozen and gets one."""
-        adapted = Adapted.find(model)
-        if adapted is None:
+        if Adapted.find(model) is None:
             root = base_root(model)
-            adapted = Adapted(root, {path: parameter.requires_grad for path, parameter in root.named_parameters()})
-            setattr(root, ADAPTED, adapted)
+            setattr(root, ADAPTED, Adapted({path: param.requires_grad for path, param in root.named_parameters()}))
             root.requires_grad_(False)
-        return adapted
+        return Adapted.of(model)
 
     def layer(self, path: str) -> Any:
         """The base's module at this path."""
