@@ -17,11 +17,11 @@ from rankwise.errors import RecipeError
 from rankwise.inits.base import Init
 from rankwise.train.data.dataset import Batch
 from rankwise.train.recipe import Recipe
+from rankwise.train.run.tables import ADVISED_RANKS
 from rankwise.train.tasks.base import Loaded
 from rankwise.train.trainer.trainer import AdapterTrainer
 
 _GIB = 2**30
-ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def first_batches(trainer: AdapterTrainer, recipe: Recipe) -> list[Batch]:
