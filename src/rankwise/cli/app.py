@@ -120,12 +120,14 @@ def plan(
 ) -> None:
     """Show which layers a recipe adapts, and with how many parameters. Trains nothing."""
     wanted = recipes.load(recipe, overrides)
-    from rankwise.train.run import run
+    from rankwise.train.run.loading import load, show_plan
 
     console = _console()
-    loaded = run.load(wanted, console)
-    run.show_plan(loaded, console)
+    loaded = load(wanted, console)
+    show_plan(loaded, console)
     if advise:
+        from rankwise.train.run import run  # with the trainer, which takes seconds to import
+
         run.advise(loaded, parameters, console)
 
 
@@ -171,9 +173,9 @@ def merge(
     ] = 0.7,
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model."""
+    from rankwise.train.model.busy import busy
     from rankwise.train.model.merged import save_merged
     from rankwise.train.run.tables import merge_table
-    from rankwise.train.trainer.progress import busy
 
     console = _console()
     with busy(console, "Folding the adapter into the model"):
@@ -208,9 +210,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
 ) -> None:
     """Answer a prompt with the pretrained model and with the adapted one."""
+    from rankwise.train.model.busy import busy
     from rankwise.train.model.generation import answer
     from rankwise.train.run.tables import sample_table
-    from rankwise.train.trainer.progress import busy
 
     console = _console()
     with busy(console, "Answering, without the adapter and with it"):

@@ -9,7 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rankwise.report.drawing import plain
-from rankwise.report.figures import History, draw_losses
+from rankwise.report.figures import draw_losses
+from rankwise.report.history import History
 
 # Okabe and Ito's palette: told apart by colour-blind readers too, and in grey print by lightness.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

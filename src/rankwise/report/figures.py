@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import fmean
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,9 +14,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rankwise.analysis import Alignment
 from rankwise.report.drawing import INK, heatmap, plain, series, svg
+from rankwise.report.history import History, points
 from rankwise.report.measure import LOST_TO, AgainstBase, Similarity, SiteMeasures, by_module
 
-History = Sequence[Mapping[str, Any]]
 OPTIMIZER_NAMES = {"sgd": "SGD", "adamw": "Adam"}
 
 
@@ -44,16 +43,6 @@ class Panel:
     reading: str
     svg: str = ""
     table: Table | None = None
-
-
-def points(history: History, key: str) -> tuple[list[int], list[float]]:
-    """The steps and values at which a trainer logged `key`.
-
-    >>> points([{"step": 10, "loss": 1.5}, {"step": 10, "eval_loss": 1.4}], "eval_loss")
-    ([10], [1.4])
-    """
-    found = [(int(row["step"]), float(row[key])) for row in history if key in row]
-    return [step for step, _ in found], [value for _, value in found]
 
 
 def draw_losses(axes: Axes, runs: Mapping[str, History], unit: str, colours: Sequence[str]) -> None:

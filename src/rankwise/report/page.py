@@ -15,7 +15,8 @@ from rankwise.analysis import Alignment
 from rankwise.errors import RecipeError
 from rankwise.files import check_directory_name, write_file
 from rankwise.report import figures
-from rankwise.report.figures import History, Panel
+from rankwise.report.figures import Panel
+from rankwise.report.history import History
 from rankwise.report.measure import INTRUDERS_AMONG, Similarity, SiteMeasures
 
 FORMAT_VERSION = 1

@@ -12,11 +12,11 @@ from rich.table import Table
 
 import rankwise as rw
 from rankwise.report.curve import save_loss_curve
+from rankwise.train.model.busy import busy
 from rankwise.train.model.merged import save_merged
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.run import Result, execute, load, prepare
 from rankwise.train.run.tables import sample_table
-from rankwise.train.trainer.progress import busy
 
 # What both runs share: sized so that both fit into a few minutes on two cores.
 _COMMON = {

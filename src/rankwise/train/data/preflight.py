@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 import rankwise as rw
 from rankwise.errors import DataError, NoTrainableTokens, TargetError
-from rankwise.train.data.dataset import Data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rankwise.train.data.dataset import Data
 
 ROW = "rankwise_row"
 _IGNORED = -100
@@ -36,6 +39,8 @@ def check_form(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
     template = tokenizer.chat_template
     if template is not None and has_generation_markers(template):
         return

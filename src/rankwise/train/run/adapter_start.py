@@ -18,10 +18,9 @@ from rankwise.evidence import collect_gradients
 from rankwise.inits.base import Init
 from rankwise.train.data.dataset import Batch
 from rankwise.train.recipe import Recipe
+from rankwise.train.run.tables import ADVISED_RANKS
 from rankwise.train.tasks.base import Loaded
 from rankwise.train.trainer.trainer import AdapterTrainer
-
-ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def first_batches(trainer: AdapterTrainer, recipe: Recipe) -> list[Batch]:

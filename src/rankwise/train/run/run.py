@@ -24,25 +24,25 @@ from rankwise.errors import RunStopped
 from rankwise.files import check_directory_name
 from rankwise.format.save_load import portable
 from rankwise.report.curve import save_loss_curve
-from rankwise.report.figures import points
+from rankwise.report.history import points
 from rankwise.report.page import write_report
 from rankwise.train.data.dataset import Batch, load_data
+from rankwise.train.model.busy import busy
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
 from rankwise.train.run import adapter_start, lock, resume
 from rankwise.train.run.card import save_model_card
+from rankwise.train.run.loading import TASKS as TASKS
+from rankwise.train.run.loading import load as load
+from rankwise.train.run.loading import show_plan as show_plan
 from rankwise.train.run.run_report import run_report
-from rankwise.train.run.tables import advice_table, advice_text, plan_table, trial_step_warnings
+from rankwise.train.run.tables import advice_table, advice_text, trial_step_warnings
 from rankwise.train.run.trial_step import TrialStep, try_step
-from rankwise.train.tasks.base import DataSummary, Loaded, Task
-from rankwise.train.tasks.causal_lm import CausalLM
-from rankwise.train.tasks.classification import Classification
+from rankwise.train.tasks.base import DataSummary, Loaded
 from rankwise.train.trainer.alignment_callback import AlignmentCallback
-from rankwise.train.trainer.progress import ProgressBar, busy
+from rankwise.train.trainer.progress import ProgressBar, without_dataset_bars
 from rankwise.train.trainer.stop_signal import StopOnSigterm
 from rankwise.train.trainer.trainer import RESULTS, AdapterTrainer
-
-TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
 
 @dataclass(frozen=True)
@@ -95,22 +95,9 @@ def train(recipe: Recipe, console: Console) -> Result:
     return execute(prepare(loaded, console), console)
 
 
-def show_plan(loaded: Loaded, console: Console) -> None:
-    """Say what will be adapted, and what trained whole."""
-    console.print(plan_table(loaded.sites))
-    if loaded.spec.modules_to_save:
-        console.print(f"Trained whole and saved beside the adapter: {', '.join(loaded.spec.modules_to_save)}")
-
-
 def title_of(recipe: Recipe) -> str:
     """What a run is called on its card and curve."""
     return f"{Path(recipe.model).name} on {Path(recipe.data).stem}"
-
-
-def load(recipe: Recipe, console: Console) -> Loaded:
-    """The model, and which of its layers the recipe adapts."""
-    with busy(console, "Loading the model"):
-        return TASKS[recipe.task].load(recipe)
 
 
 def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
@@ -135,7 +122,7 @@ def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared
     """Check the data. No adapter is attached yet."""
     recipe, task = loaded.recipe, TASKS[loaded.recipe.task]
     bar = ProgressBar(console, title)
-    with busy(console, "Reading and tokenising the data"):
+    with busy(console, "Reading and tokenising the data"), without_dataset_bars():
         data = load_data(recipe)
         task.check(loaded, data)
         trainer, warnings = task.trainer(loaded, data, bar)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 import rankwise as rw
 from rankwise.adapter import Adapter
 from rankwise.format.peft import read_adapter
-from rankwise.report.figures import History
+from rankwise.report.history import History
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Alignments, Report
 from rankwise.train.model.generation import Sample

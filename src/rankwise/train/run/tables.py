@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.markup import escape
@@ -14,12 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 import rankwise as rw
-from rankwise.analysis.rank_advice import RankAdvice
-from rankwise.train.model.generation import Sample
-from rankwise.train.model.merged import Merged
-from rankwise.train.run.adapter_start import ADVISED_RANKS
-from rankwise.train.run.trial_step import TrialStep
-from rankwise.train.tasks.base import DataSummary
+
+if TYPE_CHECKING:
+    from rankwise.analysis.rank_advice import RankAdvice
+    from rankwise.train.model.generation import Sample
+    from rankwise.train.model.merged import Merged
+    from rankwise.train.run.trial_step import TrialStep
+    from rankwise.train.tasks.base import DataSummary
+
+ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def plan_table(sites: Sequence[rw.Site]) -> Table:

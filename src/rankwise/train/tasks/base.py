@@ -6,18 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
 from rankwise.planning import Plan
-from rankwise.train.data.dataset import Batch, Data
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import AdapterFields, Recipe
-from rankwise.train.trainer.progress import ProgressBar
-from rankwise.train.trainer.trainer import AdapterTrainer
+
+if TYPE_CHECKING:  # datasets and TRL take seconds to import, which planning need not wait for
+    from datasets import Dataset
+
+    from rankwise.train.data.dataset import Batch, Data
+    from rankwise.train.trainer.progress import ProgressBar
+    from rankwise.train.trainer.trainer import AdapterTrainer
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 import rankwise as rw
 from rankwise.train.data import preflight
-from rankwise.train.data.dataset import Batch, Data
 from rankwise.train.model.generation import Sample, before_and_after
 from rankwise.train.model.pretrained import load_pretrained
 from rankwise.train.recipe import Recipe, TrainingFields
 from rankwise.train.tasks.base import DataSummary, Loaded, Task, spec_of
-from rankwise.train.trainer.progress import ProgressBar
-from rankwise.train.trainer.trainer import AdapterTrainer, LanguageTrainer, sft_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from rankwise.train.data.dataset import Batch, Data
+    from rankwise.train.trainer.progress import ProgressBar
+    from rankwise.train.trainer.trainer import AdapterTrainer
 
 
 class CausalLM(Task):
@@ -36,6 +38,8 @@ class CausalLM(Task):
         preflight.check_form(data, loaded.tokenizer)
 
     def trainer(self, loaded: Loaded, data: Data, bar: ProgressBar) -> tuple[AdapterTrainer, list[str]]:
+        from rankwise.train.trainer.trainer import LanguageTrainer, sft_config
+
         recipe, tokenizer = loaded.recipe, loaded.tokenizer
         train = preflight.numbered(data.train)
         held_out = None if data.eval is None else preflight.numbered(data.eval)

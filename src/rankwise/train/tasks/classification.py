@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
 from rankwise.errors import DataError, RecipeError
-from rankwise.report.figures import points
-from rankwise.train.data.dataset import Batch, Data
+from rankwise.report.history import points
 from rankwise.train.data.labels import save_labels
 from rankwise.train.data.records import load_records
 from rankwise.train.model.generation import Sample
 from rankwise.train.model.pretrained import load_classifier
 from rankwise.train.recipe import Recipe, TrainingFields
 from rankwise.train.tasks.base import DataSummary, Loaded, Task, spec_of
-from rankwise.train.trainer.progress import ProgressBar
-from rankwise.train.trainer.trainer import AdapterTrainer, ClassifierTrainer, training_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import EvalPrediction
+
+    from rankwise.train.data.dataset import Batch, Data
+    from rankwise.train.trainer.progress import ProgressBar
+    from rankwise.train.trainer.trainer import AdapterTrainer
 
 
 class Classification(Task):
@@ -66,6 +70,10 @@ class Classification(Task):
             )
 
     def trainer(self, loaded: Loaded, data: Data, bar: ProgressBar) -> tuple[AdapterTrainer, list[str]]:
+        from transformers import DataCollatorWithPadding
+
+        from rankwise.train.trainer.trainer import ClassifierTrainer, training_arguments
+
         recipe = loaded.recipe
         trainer = ClassifierTrainer(
             model=loaded.model,

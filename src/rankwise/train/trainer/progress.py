@@ -1,4 +1,4 @@
-"""What a run shows while it works: one bar with the losses beside it, and no library's bars in between."""
+"""What a training run shows while it works: one bar with the losses beside it, and no library's bars in between."""
 
 from __future__ import annotations
 
@@ -10,23 +10,18 @@ import datasets
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 
 @contextmanager
-def busy(console: Console, doing: str) -> Iterator[None]:
-    """Say what is being done, in place of the bars that transformers and datasets show for each small step."""
-    had_bars = not datasets.are_progress_bars_disabled(), transformers_logging.is_progress_bar_enabled()
+def without_dataset_bars() -> Iterator[None]:
+    """No bars of `datasets`, which shows one for each small step."""
+    had_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
     try:
-        with console.status(doing):
-            yield
+        yield
     finally:
-        if had_bars[0]:
+        if had_bars:
             datasets.enable_progress_bars()
-        if had_bars[1]:
-            transformers_logging.enable_progress_bar()
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]

@@ -1,0 +1,27 @@
+"""The beginning of a run, and all that planning needs: the model, and which of its layers a recipe adapts."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from rankwise.train.model.busy import busy
+from rankwise.train.recipe import Recipe
+from rankwise.train.run.tables import plan_table
+from rankwise.train.tasks.base import Loaded, Task
+from rankwise.train.tasks.causal_lm import CausalLM
+from rankwise.train.tasks.classification import Classification
+
+TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
+
+
+def load(recipe: Recipe, console: Console) -> Loaded:
+    """The model, and which of its layers the recipe adapts."""
+    with busy(console, "Loading the model"):
+        return TASKS[recipe.task].load(recipe)
+
+
+def show_plan(loaded: Loaded, console: Console) -> None:
+    """Say what will be adapted, and what trained whole."""
+    console.print(plan_table(loaded.sites))
+    if loaded.spec.modules_to_save:
+        console.print(f"Trained whole and saved beside the adapter: {', '.join(loaded.spec.modules_to_save)}")
