@@ -1,5 +1,6 @@
 """What holds for every test: shapes checked at run time, one thread, one seed, no network."""
 
+import gc
 import os
 from typing import Any
 
@@ -28,6 +29,12 @@ settings.load_profile("rankwise")
 
 # The tensors here are tiny, and under xdist one process per core runs: more threads would only get in each other's way.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays until the end: without this, each collection walks through a million objects of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def drawings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a test marked `draws` has its drawings made: they take two thirds of so small a run."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr("rankwise.report.figures.svg", lambda *_: "")
+        monkeypatch.setattr("rankwise.train.run.run.save_loss_curve", lambda runs, path, *_: path)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a two-layer Llama and its tokenizer."""

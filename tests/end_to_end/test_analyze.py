@@ -32,6 +32,7 @@ def make(tiny: Path, pairs_file: Path, tmp_path: Path):
     return make
 
 
+@pytest.mark.draws
 def test_a_run_ends_with_a_page(make):
     result = run.train(make(init="lora-ga", scaling="rslora", alignment_steps=2, init_batches=2), SILENT)
     text = result.page.read_text()
@@ -72,6 +73,7 @@ def test_the_alignment_of_an_adapter_is_that_of_the_adapted_model(make, tiny, pa
     assert {name: site.cosine for name, site in found["adamw"].items()} == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.draws
 def test_several_adapters_from_the_command_line(make, tmp_path):
     adapters = [
         str(run.train(make(seed=seed, output_dir=str(tmp_path / f"run{seed}")), SILENT).adapter) for seed in (0, 1)

@@ -10,11 +10,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rankwise.attaching import Pair
 from rankwise.errors import RecipeError, SpecError
 from rankwise.methods import Method
 from rankwise.optim import OPTIMIZERS, PairOptimizer
 from rankwise.optim.choice import choice_of
+from rankwise.pair import Pair
 from rankwise.train import recipe as recipes
 from rankwise.train.run import run
 

@@ -120,6 +120,7 @@ def test_evaluations_change_nothing(make, tmp_path):
     assert same(often.adapter, never.adapter)
 
 
+@pytest.mark.draws
 def test_a_run_killed_after_its_last_step_is_finished(make, tmp_path):
     whole = run.train(make(), SILENT)
     kept = weights(whole.adapter)

@@ -190,6 +190,7 @@ def test_fused_projections_cannot_be_studied_apart():
         attention_names([Site("h.0.attn.c_attn", "conv1d", (96, 32), 1, 1.0)])
 
 
+@pytest.mark.draws
 @pytest.mark.usefixtures("small_studies")
 def test_every_study_writes_its_numbers_and_its_page_and_goes_on_where_it_was(recipe, tmp_path, trainings):
     file, out = tmp_path / "recipe.yaml", tmp_path / "studies"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from rankwise.train.run import run
 from rankwise.train.tasks.base import spec_of
 
 
+@pytest.mark.draws
 def test_a_run_meets_its_budget_and_resumes(tiny: Path, pairs_file: Path, tmp_path: Path) -> None:
     def train(folder: str, **changes: Any) -> run.Result:
         values = {

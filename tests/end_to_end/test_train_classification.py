@@ -84,6 +84,7 @@ def make(bert: Path, reviews: Path, tmp_path: Path):
     return make
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("init", ["kaiming", "lora-ga"])
 def test_a_run_learns_and_leaves_its_files(make, init):
     console = Console(width=200, record=True, quiet=False, file=io.StringIO())
@@ -195,6 +196,7 @@ def test_what_does_not_fit_is_refused(make, reviews, pairs_file, tmp_path):
         run.prepare(run.load(make(eval_data=str(other), eval_split=None), SILENT), SILENT)
 
 
+@pytest.mark.draws
 def test_the_command_line_from_plan_to_a_merged_model(make, bert, reviews, tmp_path):
     cli, out = CliRunner(), tmp_path / "out"
     flags = ["--model", str(bert), "--data", str(reviews), "--task", "classification", "--rank", "2"]

@@ -10,6 +10,7 @@ from rankwise.train.model.pretrained import load_pretrained
 from rankwise.train.run import run
 
 
+@pytest.mark.draws
 @pytest.mark.end_to_end
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_the_demos_recipe_learns_and_peft_agrees(tmp_path):

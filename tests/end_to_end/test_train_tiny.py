@@ -46,6 +46,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
 
+@pytest.mark.draws
 def test_a_run_learns_and_leaves_its_files(make, tiny):
     result = run.train(make(), SILENT)
     assert result.metrics["eval_loss_after"] < result.metrics["eval_loss_before"]
@@ -245,6 +246,7 @@ def test_a_broken_line_is_named(make, tmp_path):
         run.prepare(run.load(make(data=str(path)), SILENT), SILENT)
 
 
+@pytest.mark.draws
 def test_the_command_line_from_training_to_a_merged_model(make, tiny, pairs_file, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"model: {tiny}\ndata: {pairs_file}\neval_split: 8\nmax_steps: 2\nper_device_train_batch_size: 4\n")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import rankwise as rw
-from rankwise.attaching import Pair
 from rankwise.errors import SpecError
 from rankwise.optim import LoraPro, PairOptimizer, pair_optimizer
+from rankwise.pair import Pair
 
 
 class Recorder(PairOptimizer):

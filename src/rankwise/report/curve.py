@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rankwise.report.drawing import plain
+from rankwise.report.drawing import lay_out, plain
 from rankwise.report.figures import draw_losses
 from rankwise.report.history import History
 
@@ -25,5 +25,6 @@ def save_loss_curve(runs: Mapping[str, History], path: Path, title: str, unit: s
     draw_losses(axes, runs, unit, _COLOURS)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)
+    lay_out(figure)
     figure.savefig(path)
     return path

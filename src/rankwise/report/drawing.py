@@ -62,6 +62,7 @@ def svg(name: str, described: str, size: tuple[float, float], draw: Callable[[Fi
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
+        lay_out(figure)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = stream.getvalue()
@@ -72,6 +73,14 @@ def svg(name: str, described: str, size: tuple[float, float], draw: Callable[[Fi
         text = text.replace(placeholder, colour)
     label = escape(described, {'"': "&quot;"})
     return re.sub(r"<svg [^>]*?viewBox", f'<svg role="img" aria-label="{label}" viewBox', text, count=1)
+
+
+def lay_out(figure: Figure) -> None:
+    """Lay the figure out now. Left to ``savefig``, that takes a drawing of its own, thrown away."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine(None)
 
 
 def heatmap(
