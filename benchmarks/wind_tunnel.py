@@ -1,13 +1,13 @@
 """A wind tunnel for methods of fine-tuning: a byte model of 0.9 M parameters, ten seconds a run, every rate tuned.
 
-The model is pre-trained on the World English Bible and fine-tuned on Python's standard library, 80 steps of 8 × 96 bytes,
-all linear layers. Each method's rate is found by bracketing on its own ladder of factors of two, on the validation part
-with seed 0; then it runs at that rate with three seeds, and the loss on the test part is reported. The parts are whole
-files. All rates decay linearly to zero.
+The model is pre-trained on the World English Bible and fine-tuned on Python's standard library, 80 steps of 8 × 96
+bytes, all linear layers. Each method's rate is found by bracketing on its own ladder of factors of two, on the
+validation part with seed 0; then it runs at that rate with three seeds, and the loss on the test part is reported. The
+parts are whole files. All rates decay linearly to zero.
 
     python benchmarks/wind_tunnel.py                                    # all that is not in the results yet
     python benchmarks/wind_tunnel.py --methods spectral polora --ranks 4 16 --seeds 0 1 2
-    python benchmarks/wind_tunnel.py --methods spectral --shorter       # steps to LoRA's loss, on schedules of their own
+    python benchmarks/wind_tunnel.py --methods spectral --shorter    # steps to LoRA's loss, on shorter schedules
 
 A new method is one row of METHODS. Runs are kept in results/wind_tunnel.json, pre-trained weights in build/.
 """
@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
 import statistics
 import sysconfig
@@ -145,6 +144,9 @@ def pretrained(steps: int = 700, rate: float = 4e-3) -> ByteModel:
 # --- optimizers ------------------------------------------------------------------------------------------------------
 
 
+Build = Callable[[nn.Module, float], torch.optim.Optimizer]
+
+
 class PairSteps(torch.optim.Optimizer):
     """Moves pairs by a direction function; those of equal shape and scale together."""
 
@@ -170,47 +172,24 @@ class PairSteps(torch.optim.Optimizer):
                     parameter.sub_(self.param_groups[0]["lr"] * unit * move)
 
 
-class Together(torch.optim.Optimizer):
-    """Two optimizers as one."""
-
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: None = None) -> None:
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
+def linear_weights(model: nn.Module) -> list[Tensor]:
+    """What "all-linear" adapts: full fine-tuning trains the same, unless it is said to train everything."""
+    return [model.get_submodule(site.name).weight for site in rw.plan(model, rw.LoRA(rank=1))]
 
 
 def full_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(linear_weights(model), rate, weight_decay=0.0)
+
+
+def everything_adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), rate, weight_decay=0.0)
 
 
-def full_muon(momentum: float) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
-    """torch's Muon on the linear layers; the embedding and the norms by AdamW at the rate that suits full_adamw."""
-
-    def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        matrices = [
-            module.weight
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and "blocks" in name
-        ]
-        chosen = set(map(id, matrices))
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        muon = torch.optim.Muon(matrices, rate, weight_decay=0.0, momentum=momentum)
-        return Together(muon, torch.optim.AdamW(rest, 2e-3, weight_decay=0.0))
-
-    return build
+def full_muon(momentum: float) -> Build:
+    return lambda model, rate: torch.optim.Muon(linear_weights(model), rate, weight_decay=0.0, momentum=momentum)
 
 
-def adamw(ratio: float = 1.0) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+def adamw(ratio: float = 1.0) -> Build:
     return lambda model, rate: torch.optim.AdamW(
         rw.param_groups(model, lr=rate, lr_ratio=ratio), rate, weight_decay=0.0
     )
@@ -220,9 +199,7 @@ def lora_pro(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return rw.optim.LoraPro(rw.pairs(model), rate, form="adamw")
 
 
-def by_direction(
-    direction: Callable[..., Any], unit: str = "absolute"
-) -> Callable[[nn.Module, float], torch.optim.Optimizer]:
+def by_direction(direction: Callable[..., Any], unit: str = "absolute") -> Build:
     def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
         pairs = rw.pairs(model)
         weights = {pair.name: model.get_submodule(pair.name).weight.detach().float() for pair in pairs}
@@ -254,7 +231,7 @@ class Method:
         ranks: what is run by default.
     """
 
-    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    optimizer: Build
     rate: float
     adapter: dict[str, Any] | None = field(default_factory=dict)
     ranks: tuple[int, ...] = (4,)
@@ -264,8 +241,9 @@ ALL_RANKS = (1, 4, 16, 64)
 LORA_GA = {"init": "lora-ga", "scaling": "rslora"}
 METHODS = {
     "full-adamw": Method(full_adamw, 2e-3, None, (0,)),
+    "full-adamw, embedding and norms too": Method(everything_adamw, 2e-3, None, (0,)),
     "full-muon": Method(full_muon(0.95), 0.05, None, (0,)),
-    "full-muon-0.8": Method(full_muon(0.8), 0.05, None, (0,)),
+    "full-muon, momentum 0.8": Method(full_muon(0.8), 0.05, None, (0,)),
     "lora": Method(adamw(), 1e-2, ranks=ALL_RANKS),
     "lora-plus": Method(adamw(16.0), 1e-3),
     "rslora": Method(adamw(), 5e-3, {"scaling": "rslora"}, (4, 16)),
@@ -359,7 +337,7 @@ class Tunnel:
         text = f'{{"machine": {json.dumps(facts)},\n "runs": [\n{lines}\n]}}\n'
         temporary = self.results.with_suffix(".new")
         temporary.write_text(text)
-        os.replace(temporary, self.results)
+        temporary.replace(self.results)
 
     def shortest(self, name: str, method: Method, rank: int, rate: float, goal: float) -> float:
         """The smallest share of the steps, in tenths, that reaches a validation loss on a schedule of that length."""
@@ -379,7 +357,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     tunnel = Tunnel()
-    print(f"{'method':24} {'rank':>4} {'rate':>8} {'validation':>10} {'test':>8} {'sd':>7} {'seconds':>7} {'steps':>6}")
+    print(f"{'method':36} {'rank':>4} {'rate':>8} {'validation':>10} {'test':>8} {'sd':>7} {'seconds':>7} {'steps':>6}")
     goal = None
     if options.shorter:
         lora = METHODS["lora"]
@@ -399,7 +377,7 @@ def row(name: str, rank: int, rate: float, runs: list[dict[str, Any]], share: st
     validation, test, seconds = ([run[field] for run in runs] for field in ("validation", "test", "seconds"))
     spread = statistics.stdev(test) if len(test) > 1 else 0.0
     return (
-        f"{name:24} {rank or 'full':>4} {rate:8.3g} {statistics.mean(validation):10.4f} {statistics.mean(test):8.4f} "
+        f"{name:36} {rank or 'full':>4} {rate:8.3g} {statistics.mean(validation):10.4f} {statistics.mean(test):8.4f} "
         f"{spread:7.4f} {statistics.median(seconds):7.1f} {share:>6}"
     )
 

@@ -60,7 +60,9 @@ def dense_spectral(s: float, beta: float = 0.8) -> Dense:
         M_A, M_B = of_A(g_A), of_B(g_B)
         P_A, P_B, eye = pinv(A) @ A, B @ pinv(B), torch.eye(len(B), dtype=B.dtype)
         seen_by_A, seen_by_B = pinv(B).T @ M_A / s, M_B @ pinv(A).T / s  # P_B G and G P_A
-        D = sign_of(seen_by_A + (eye - P_B) @ seen_by_B @ P_A)
+        S = sign_of(seen_by_A + (eye - P_B) @ seen_by_B @ P_A)
+        T = S - (eye - P_B) @ S @ (torch.eye(len(P_A), dtype=B.dtype) - P_A)
+        D = T / norm_2(T).clamp_min(1e-300)
         return pinv(B) @ D / s, (eye - P_B) @ D @ pinv(A) / s
 
     return step
@@ -173,7 +175,7 @@ class Method:
 
 
 METHODS = {
-    "spectral": Method(spectral.direction, dense_spectral, "any", scale_free=True, distance=2 / 3**0.5),
+    "spectral": Method(spectral.direction, dense_spectral, "any", scale_free=True, distance=1.0),
     "polora": Method(polora.direction, dense_polora, "rotations", distance=1.0),
     "lora-muon": Method(lora_muon.direction, dense_lora_muon, "any", scale_free=True, distance=1.0),
     "scaled-adam": Method(scaled_adam.direction, dense_scaled_adam),
@@ -314,6 +316,13 @@ def test_step_in_W_is_bounded(name: str, kind: str, dtype: torch.dtype) -> None:
     for shape in SHAPES:
         for step in run(METHODS[name].direction, start(shape, kind), gradients_of_W(shape, 4), 3.0, dtype=dtype):
             assert float(norm_2(moved(step, 3.0))) < longest * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_spectral_step_moves_W_by_its_rate_exactly(kind: str) -> None:
+    for s in (0.1, 7.0):
+        for step in run(spectral.direction, start((12, 9, 4), kind), gradients_of_W((12, 9, 4), 4), s):
+            assert float(norm_2(moved(step, s))) == pytest.approx(1.0, rel=1e-9)
 
 
 @every_method

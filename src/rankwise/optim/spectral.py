@@ -6,13 +6,14 @@ and B = Q_B R_B the gradient's projection on it is, from g_A = s BᵀG and g_B =
     Q_BᵀG = R_B⁺ᵀ g_A / s,    G Q_A = g_B R_A⁺ / s
     P = Q_B (Q_BᵀG) + (I − Q_B Q_Bᵀ)(G Q_A) Q_Aᵀ        [out, in], of rank ≤ 2r
 
-It is LoRA-Pro's equivalent gradient. Its matrix sign D = msign(P) is Muon's step, and goes back to the pair as
+It is LoRA-Pro's equivalent gradient. Its matrix sign is Muon's step. What of that leaves the tangent space is taken
+away, and the rest brought back to norm 1 (it has at most 2/√3):
 
+    D = T / ‖T‖₂,    T = S − (I − Q_B Q_Bᵀ) S (I − Q_A Q_Aᵀ),    S = msign(P)
     dA = R_B⁺ (Q_BᵀD) / s,    dB = (I − Q_B Q_Bᵀ) D Q_A R_A⁺ᵀ / s
 
-A step of rate η moves W by η times D's tangent part: its spectral norm is η to within 16 % (it is not more than η ·
-2/√3), whatever r, alpha, s, or the balance of A and B. Rotating or rescaling the pair, A → TA and B → BT⁻¹, changes
-nothing in W. With B = 0 only B moves.
+To first order a step of rate η moves W by exactly η in spectral norm, whatever r, alpha, s, or the balance of A and B.
+Rotating or rescaling the pair, A → TA and B → BT⁻¹, changes nothing in W. With B = 0 only B moves.
 
 P is never formed: it is [Q_B Q_Z] core [Q_A Q_Y]ᵀ with a core of 2r × 2r, and the sign is the core's. All
 pseudo-inverses come from SVDs of A and B, so that a half that is zero or has lost rank spans what it spans.
@@ -26,8 +27,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from rankwise.algebra.msign import ThinSVD, msign, thin_svd
+from rankwise.algebra.msign import ThinSVD, msign, spectral_norm, thin_svd
 from rankwise.optim.checks import check_betas
 from rankwise.optim.choice import choice_of
 from rankwise.optim.elementwise import momentum
@@ -59,32 +61,29 @@ def direction(
     """
     M_A = momentum(grad_A, state, "momentum_A", beta)
     M_B = momentum(grad_B, state, "momentum_B", beta)
-    return tangent_sign(
-        thin_svd(A.mT), thin_svd(B), M_A, M_B, torch.as_tensor(unit, dtype=A.dtype, device=A.device) / scale
-    )
+    dA, dB = tangent_sign(thin_svd(A.mT), thin_svd(B), M_A, M_B)
+    size = torch.as_tensor(unit, dtype=A.dtype, device=A.device)[..., None, None] / scale
+    return size * dA, size * dB
 
 
 def tangent_sign(
-    a: ThinSVD, b: ThinSVD, M_A: Tensor, M_B: Tensor, size: Tensor
+    a: ThinSVD, b: ThinSVD, M_A: Float[Tensor, "*n r in"], M_B: Float[Tensor, "*n out r"]
 ) -> tuple[Float[Tensor, "*n r in"], Float[Tensor, "*n out r"]]:
-    """``size`` · (R_B⁺ Q_BᵀD, (I − Q_B Q_Bᵀ) D Q_A R_A⁺ᵀ); the triangles R are diag(S) Vᵀ here."""
+    """(R_B⁺ Q_BᵀD, (I − Q_B Q_Bᵀ) D Q_A R_A⁺ᵀ) / ‖D‖₂ with the triangles R = diag(S) Vᵀ; zero where D is."""
     rows = M_A.mT @ b.V * b.inverse[..., None, :]  # (Q_BᵀG)ᵀ, but for 1/s, which the sign does not see
     columns = M_B @ a.V * a.inverse[..., None, :]  # G Q_A
-    outside = columns - b.U @ (b.U.mT @ columns)
     inside = rows.mT @ a.U
-    beyond = rows - a.U @ inside.mT
-    Q_Z, R_Z = torch.linalg.qr(outside)
-    Q_Y, R_Y = torch.linalg.qr(beyond)
-    upper, lower = (
-        torch.cat([inside, R_Y.mT], -1),
-        torch.cat([R_Z, R_Z.new_zeros(*R_Z.shape[:-2], R_Z.shape[-2], R_Y.shape[-2])], -1),
-    )
-    sign = msign(torch.cat([upper, lower], -2))
+    Q_Y, R_Y = torch.linalg.qr(rows - a.U @ inside.mT)
+    Q_Z, R_Z = torch.linalg.qr(columns - b.U @ (b.U.mT @ columns))
+    core = torch.cat([torch.cat([inside, R_Y.mT], -1), pad(R_Z, (0, R_Y.shape[-2]))], -2)
     k_B, k_A = inside.shape[-2:]
-    V = sign[..., :k_B, :k_A] @ a.U.mT + sign[..., :k_B, k_A:] @ Q_Y.mT
-    U = Q_Z @ sign[..., k_B:, :k_A]
-    size = size[..., None, None]
-    return size * (b.V * b.inverse[..., None, :]) @ V, size * U @ (a.V * a.inverse[..., None, :]).mT
+    D = msign(core)
+    D[..., k_B:, k_A:] = 0.0  # what the pair cannot move to first order
+    norm = spectral_norm(D)[..., None, None]
+    D = D / torch.where(norm > 0, norm, 1.0)
+    V = D[..., :k_B, :k_A] @ a.U.mT + D[..., :k_B, k_A:] @ Q_Y.mT
+    U = Q_Z @ D[..., k_B:, :k_A]
+    return (b.V * b.inverse[..., None, :]) @ V, U @ (a.V * a.inverse[..., None, :]).mT
 
 
 class Spectral(PairOptimizer):
