@@ -114,6 +114,7 @@ class Loft(PairOptimizer):
         betas, eps: of the formulas above.
     """
 
+    invariant: ClassVar[bool] = True
     dense: ClassVar[bool] = True
 
     def __init__(
