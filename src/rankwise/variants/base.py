@@ -179,7 +179,13 @@ class Variant(ABC):
         return site
 
     def adjusted(self, start: Start, generator: Generator, *, default: bool) -> Start:
-        """What the variant makes of an init's start; ``default``: of the default init, which asks for nothing else."""
+        """What the variant makes of an init's start, or of zeros where a file is read that holds what it needs of it.
+
+        Args:
+            generator: derived from (seed, site name), apart from the init's: what is drawn from it alone is the same
+                whenever the adapter is attached or loaded, and need not be in a file.
+            default: whether the start is the default init's, which asks for nothing else.
+        """
         return start
 
     @abstractmethod
