@@ -7,6 +7,7 @@ The paper's P Λ Q is our B diag(λ) A. λ = 0 at the start, so no start pair ne
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,8 @@ class AdaLora(PairVariant):
         orthogonal_weight: γ of the penalty γ·mean over sites of ‖BᵀB − I‖²_F + ‖AAᵀ − I‖²_F.
         padded: save all sites with one rank (zeros fill up), for engines that read no ``rank_pattern``.
     """
+
+    saved_as_lora: ClassVar[bool] = True
 
     start_factor: float = 1.5
     beta1: float = 0.85

@@ -207,9 +207,11 @@ class PairVariant(Variant):
     """A variant that is written as a PEFT directory: a pair for each site, and perhaps tensors beside it.
 
     Attributes:
-        marks: entries of PEFT's configuration by which a file is known to be this variant's. Without any, a file is
-            read as plain LoRA.
-        tensors: file suffixes of what :meth:`FoldableLayer.extra_tensors` gives.
+        marks: entries of PEFT's configuration by which any reader knows a file to be this variant's. Without any, PEFT
+            reads the pair as plain LoRA, so that must be the same function; ``rankwise.json`` still names the variant.
+        tensors: file suffixes of what :meth:`FoldableLayer.extra_tensors` gives; they begin with "lora_" and need
+            marks.
+        saved_as_lora: whether a saved adapter is plain LoRA from then on, even where it is trained on.
     """
 
     marks: ClassVar[Mapping[str, Any]] = MappingProxyType({})
@@ -218,6 +220,7 @@ class PairVariant(Variant):
     @abstractmethod
     def build(
         self, site: Site, kind: Kind, weight: Float[Tensor, "out in"], start: Start, dropout: float
+    saved_as_lora: ClassVar[bool] = False
     ) -> FoldableLayer: ...
 
     @abstractmethod
