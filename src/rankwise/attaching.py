@@ -111,11 +111,11 @@ def _plan(
     model: nn.Module, spec: LoRA, method: str, memory_budget: int | None, given: Mapping[str, Any] | None
 ) -> Plan:
     """The plan, in which nothing is collected where evidence was given."""
-    assert isinstance(spec.init, Init)
+    assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
     if given is None:
         return plan(model, spec, method=method, memory_budget=memory_budget)
     sites = planned_sites(model, spec)
-    return Plan(sites, given_evidence(starting_sites(sites, spec), spec.init, given))
+    return Plan(sites, spec.variant, given_evidence(starting_sites(sites, spec), spec.init, given))
 
 
 def _adapters(

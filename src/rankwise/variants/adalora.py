@@ -140,6 +140,9 @@ class AdaLora(PairVariant):
     def starting(self, site: Site) -> Site:
         return replace(site, rank=max(site.rank, min(math.ceil(self.start_factor * site.rank), *site.shape)))
 
+    def parameters(self, site: Site) -> int:
+        return super().parameters(site) + self.starting(site).rank
+
     def adjusted(self, start: Start, generator: Generator, *, default: bool) -> Start:
         A, B = (_drawn(half, generator) if default or not half.any() else half for half in (start.A, start.B))
         return replace(start, A=A, B=B)

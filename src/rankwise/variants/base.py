@@ -178,6 +178,10 @@ class Variant(ABC):
         """The site with the rank that training starts with: the spec's own, unless the variant prunes ranks later."""
         return site
 
+    def parameters(self, site: Site) -> int:
+        """How many numbers are trained at a site, for the plan: those of a pair."""
+        return self.starting(site).parameters
+
     def adjusted(self, start: Start, generator: Generator, *, default: bool) -> Start:
         """What the variant makes of an init's start, or of zeros where a file is read that holds what it needs of it.
 
@@ -216,11 +220,11 @@ class PairVariant(Variant):
 
     marks: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     tensors: ClassVar[tuple[str, ...]] = ()
+    saved_as_lora: ClassVar[bool] = False
 
     @abstractmethod
     def build(
         self, site: Site, kind: Kind, weight: Float[Tensor, "out in"], start: Start, dropout: float
-    saved_as_lora: ClassVar[bool] = False
     ) -> FoldableLayer: ...
 
     @abstractmethod
