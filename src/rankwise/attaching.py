@@ -19,7 +19,7 @@ from rankwise.inits.base import Init
 from rankwise.layers.kinds import KINDS, base_matrix
 from rankwise.layers.quantised import forbid_repacking
 from rankwise.planning import Plan, plan, planned_sites, starting_sites, whole_modules
-from rankwise.sites import Site, Start, site_generator
+from rankwise.sites import Site, Start, site_generator, variant_generator
 from rankwise.spec import LoRA
 from rankwise.variants.base import AdapterLayer, Variant
 
@@ -111,11 +111,11 @@ def _plan(
     model: nn.Module, spec: LoRA, method: str, memory_budget: int | None, given: Mapping[str, Any] | None
 ) -> Plan:
     """The plan, in which nothing is collected where evidence was given."""
-    assert isinstance(spec.init, Init)
+    assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
     if given is None:
         return plan(model, spec, method=method, memory_budget=memory_budget)
     sites = planned_sites(model, spec)
-    return Plan(sites, given_evidence(starting_sites(sites, spec), spec.init, given))
+    return Plan(sites, spec.variant, given_evidence(starting_sites(sites, spec), spec.init, given))
 
 
 def _adapters(
@@ -153,15 +153,13 @@ def _started(
         return base_matrix(model.get_submodule(site.name))
 
     adapters = {
-        site.name: _build(settled[site.name], weight_of(site), site, spec, start, generators[site.name])
+        site.name: _build(settled[site.name], weight_of(site), site, spec, start)
         for site, start in spec.init.starts(starting_sites(settled.values(), spec), weight_of, evidence, generators)
     }
     return {name: adapters[name] for name in settled}  # in the model's order
 
 
-def _build(
-    planned: Site, weight: Tensor, site: Site, spec: LoRA, start: Start, generator: torch.Generator
-) -> AdapterLayer:
+def _build(planned: Site, weight: Tensor, site: Site, spec: LoRA, start: Start) -> AdapterLayer:
     """The layer of a planned site; ``site`` is the one that the start was made for."""
     assert isinstance(spec.variant, Variant)
     if start.A.shape != (site.rank, site.shape[1]) or start.B.shape != (site.shape[0], site.rank):
@@ -169,7 +167,7 @@ def _build(
             f"{site.name}: the evidence is that of another layer: it gives B {tuple(start.B.shape)} and A "
             f"{tuple(start.A.shape)}, expected [{site.shape[0]}, {site.rank}] and [{site.rank}, {site.shape[1]}]"
         )
-    start = spec.variant.adjusted(start, generator, default=spec.has_default_init)
+    start = spec.variant.adjusted(start, variant_generator(spec.seed, site.name), default=spec.has_default_init)
     if not bool(start.A.any()) and not bool(start.B.any()):
         raise SpecError(
             f"{site.name}: init {type(spec.init).__name__} starts from zeros here, as the weight itself may be zero; "

@@ -23,22 +23,31 @@ class Plan(list[Site]):
     """The sites of a spec on a model, in the model's order, and what their starts are computed from; prints as tables.
 
     Attributes:
+        variant: what is put on each site.
         evidence: which evidence is collected, in which passes.
     """
 
-    def __init__(self, sites: Iterable[Site], evidence: Collection) -> None:
+    def __init__(self, sites: Iterable[Site], variant: Variant, evidence: Collection) -> None:
         super().__init__(sites)
+        self.variant = variant
         self.evidence = evidence
 
     @property
     def parameters(self) -> int:
         """Trained numbers in all."""
-        return sum(site.parameters for site in self)
+        return sum(self.variant.parameters(site) for site in self)
 
     def __str__(self) -> str:
         rows = [("site", "kind", "out × in", "rank", "scale", "parameters")]
         rows += [
-            (s.name, s.kind, f"{s.shape[0]} × {s.shape[1]}", str(s.rank), f"{s.scale:.4g}", f"{s.parameters:,}")
+            (
+                s.name,
+                s.kind,
+                f"{s.shape[0]} × {s.shape[1]}",
+                str(s.rank),
+                f"{s.scale:.4g}",
+                f"{self.variant.parameters(s):,}",
+            )
             for s in self
         ]
         rows.append((f"{len(self)} sites", "", "", "", "", f"{self.parameters:,}"))
@@ -64,9 +73,9 @@ def plan(model: nn.Module, spec: LoRA, *, method: str = "auto", memory_budget: i
         SpecError: a rank that the site or the init cannot serve.
         EvidenceError: a method or a budget that cannot serve the init.
     """
-    assert isinstance(spec.init, Init)
+    assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
     sites = planned_sites(model, spec)
-    return Plan(sites, needed_evidence(starting_sites(sites, spec), spec.init, method, memory_budget))
+    return Plan(sites, spec.variant, needed_evidence(starting_sites(sites, spec), spec.init, method, memory_budget))
 
 
 def starting_sites(sites: Iterable[Site], spec: LoRA) -> list[Site]:

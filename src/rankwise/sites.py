@@ -57,6 +57,11 @@ def site_generator(seed: int, site_name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def variant_generator(seed: int, site_name: str) -> torch.Generator:
+    """What a variant draws from at a site: the same when a file is read, where no init has drawn before it."""
+    return site_generator(seed, f"{site_name}:variant")
+
+
 @dataclass(frozen=True, eq=False)
 class Start:
     """The pair (A₀, B₀) that training starts from. Where both are non-zero a frozen copy cancels it.

@@ -9,6 +9,7 @@ from zoo import LAYERS, left_as_it_was, zoo_and_inputs
 
 import rankwise as rw
 from rankwise.errors import SpecError, TargetError
+from rankwise.variants import VARIANTS
 
 
 class Block(nn.Module):
@@ -153,3 +154,13 @@ def test_a_model_that_is_itself_a_layer_is_refused_by_name():
 def test_a_shared_module_is_one_site():
     layer = nn.Linear(4, 4)
     assert names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_plan_counts_what_the_variant_trains(variant: str) -> None:
+    names = ["linear", "wide", "conv1d"]
+    zoo, _ = zoo_and_inputs(names=names)
+    plan = rw.plan(zoo, rw.LoRA(rank=2, variant=variant, target_modules=names))
+    rw.attach(zoo, rw.LoRA(rank=2, variant=variant, target_modules=names))
+    assert plan.parameters == sum(p.numel() for p in rw.trainable_parameters(zoo))
+    assert f"{plan.parameters:,}" in str(plan)

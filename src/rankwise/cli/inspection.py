@@ -42,6 +42,7 @@ def _facts(found: Inspection) -> Table:
     table.add_row("kind", _shown(found.peft_type or "unknown"))
     table.add_row("base model", _shown(found.base_model or "not named"))
     if spec:
+        table.add_row("variant", _shown(str(spec["variant"])))
         table.add_row("rank, alpha", f"{spec['rank']}, {spec['alpha']:g}, scaling {spec['scaling']}")
         table.add_row("patterns", f"{len(spec['rank_pattern'])} of ranks, {len(spec['alpha_pattern'])} of alpha")
     table.add_row("sites", str(len(found.sites)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import BrokenFile, SpecError, TargetError, UnsafeFile, UnsupportedAdapter
 from rankwise.format.names import FORMAT_VERSION, OWN
+from rankwise.methods import name_of, resolve
 from rankwise.patterns import pattern_values
 from rankwise.spec import LoRA, checked
 from rankwise.variants import VARIANTS
@@ -112,6 +113,23 @@ def variant_marked(config: Mapping[str, Any]) -> str:
             if variant.marks and all(config.get(key) == value for key, value in variant.marks.items()):
                 return name
     return "lora"
+
+
+def variant_recorded(stated: str, extra: Mapping[str, Any]) -> str | Mapping[str, Any]:
+    """The variant, with its options, that ``rankwise.json`` says a file was trained as; else the stated one.
+
+    It must have the same marks, so that the record of a file whose configuration was since changed counts for nothing.
+    """
+    recorded = extra.get("spec")
+    plain = recorded.get("variant") if isinstance(recorded, Mapping) else None
+    if not isinstance(plain, str | Mapping) or plain == stated:
+        return stated
+    try:
+        name = name_of(VARIANTS, resolve(VARIANTS, plain, "variant"))
+    except SpecError:
+        return stated
+    variant, configured = pair_variants().get(name), pair_variants()[stated]
+    return plain if variant and not variant.saved_as_lora and variant.marks == configured.marks else stated
 
 
 def pair_variants() -> dict[str, type[PairVariant]]:

@@ -19,7 +19,7 @@ from rankwise.format.base_layers import base_layer
 from rankwise.format.names import CONFIG, OWN, TENSORS
 from rankwise.layers.kinds import kind_of
 from rankwise.methods import name_of
-from rankwise.sites import Site, Start, base_modules, site_generator
+from rankwise.sites import Site, Start, base_modules, variant_generator
 from rankwise.spec import LoRA
 from rankwise.tensor_files import read_tensors, write_tensors
 from rankwise.variants import VARIANTS
@@ -148,7 +148,7 @@ def _restore(layer: Any, spec: LoRA, site: Site, state: Mapping[str, Tensor], wh
     weight = at_least_fp32(kind.weight(layer))
     (out, into), width = site.shape, variant.starting(site).rank
     zeros = Start(weight.new_zeros(width, into), weight.new_zeros(out, width))
-    start = variant.adjusted(zeros, site_generator(spec.seed, path), default=True)  # of which the file replaces all
+    start = variant.adjusted(zeros, variant_generator(spec.seed, path), default=True)
     built = variant.build(site, kind, weight, start, spec.dropout)
     expected = built.state_dict()
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())

@@ -28,7 +28,13 @@ from rankwise.errors import (
 )
 from rankwise.files import read_json, write_json
 from rankwise.format import adalora
-from rankwise.format.configuration import check_extra, check_supported, ranks_and_alphas, stated_fields
+from rankwise.format.configuration import (
+    check_extra,
+    check_supported,
+    ranks_and_alphas,
+    stated_fields,
+    variant_recorded,
+)
 from rankwise.format.layout import by_site, check_beside, check_pair, pair_names, shared_A
 from rankwise.format.names import CONFIG, EMBEDDING_PAIR, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
 from rankwise.methods import name_of
@@ -67,12 +73,13 @@ def _check_expressible(adapter: Adapter) -> None:
     variant = adapter.spec.variant
     assert isinstance(variant, PairVariant)
     for path, site in adapter.sites.items():
-        unknown = sorted(set(site.extra) - set(variant.tensors))
+        known = variant.tensors if variant.marks else ()
+        unknown = sorted(set(site.extra) - set(known))
         if unknown:
             raise UnsupportedAdapter(
-                f"{path}: variant {name_of(VARIANTS, variant)!r} gives the file {unknown[0]}, which it does not name "
-                f"in its tensors, so that no reader would take it; expected a pair and {variant.tensors or 'no more'}: "
-                f"name the tensor there, or derive the variant from Variant, which saves its layers' own state"
+                f"{path}: variant {name_of(VARIANTS, variant)!r} gives the file {unknown[0]}, of which no reader would "
+                f"know; expected a pair and {', '.join(known) or 'no more'}: name it in the variant's tensors, with "
+                f"PEFT's own entry for it in marks, or derive the variant from Variant, which saves its layers' state"
             )
 
 
@@ -200,6 +207,7 @@ def _recorded(where: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:
     """The spec that the adapter was made with; what PEFT's configuration states as well is taken from there."""
     if "spec" not in extra:
         return stated
+    stated = replace(stated, variant=variant_recorded(name_of(VARIANTS, stated.variant), extra))
     try:
         spec = LoRA.from_dict(extra["spec"])
     except (SpecError, TypeError) as error:  # of a method that is not in this process's tables, or not a spec

@@ -53,21 +53,21 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
 
 
 def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
-    """An adapter that changes weights by a pair (the active one by default) as a value, without the model.
+    """An adapter that changes weights (the active one by default) as a value, without the model.
 
     Raises:
-        AttachError: no such adapter, several are active and no name is given, or no pair can express it.
+        AttachError: no such adapter, several are active and no name is given, or it changes no weight.
     """
     adapted = Adapted.of(model)
     name = adapted.adapter_name(name)
     spec = adapted.specs[name]
-    if not isinstance(spec.variant, PairVariant):
-        raise AttachError(
-            f"adapter {name!r} is of variant {name_of(VARIANTS, spec.variant)!r}, which no pair of factors can "
-            f"express; expected a PairVariant's"
-        )
     layers = adapted.adapter_layers(name)
     changes = {path: layer for path, layer in layers.items() if isinstance(layer, FoldableLayer)}
+    if len(changes) < len(layers):
+        raise AttachError(
+            f"adapter {name!r} is of variant {name_of(VARIANTS, spec.variant)!r}, which acts behind a layer; expected "
+            f"one that changes the layer's weight"
+        )
     with adapted.switched_off():  # the probe must see the pretrained weights, whatever the anchor
         return extract(adapted.root, spec, changes, adapted.whole_tensors(name))
 

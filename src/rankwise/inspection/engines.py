@@ -66,7 +66,7 @@ def _vllm_rank(traits: Traits) -> int:
 
 # The rules that hold for every engine but PEFT; a rule below one that applies is not asked.
 _SHARED: tuple[Rule, ...] = (
-    (lambda t: t.peft_type.startswith(_OWN), "no", "no pair of factors can express it: load it with rankwise"),
+    (lambda t: t.peft_type.startswith(_OWN), "no", "its layers' own state, which rankwise alone reads: load it there"),
     (lambda t: t.dora, "no", "DoRA's magnitudes are not read: merge it into its base"),
     (lambda t: "conv2d" in t.sites.values(), "no", "convolutions are not read: merge it into its base"),
     (lambda t: t.peft_type == _ADALORA, "after export", "load it here and save it: that writes plain LoRA"),
@@ -90,7 +90,11 @@ _EMBEDDINGS: Rule = (
 ENGINES: dict[str, tuple[Rule, ...]] = {
     "rankwise": ((_always, "yes", ""),),
     "PEFT": (
-        (lambda t: t.peft_type.startswith(_OWN), "no", "no pair of factors can express it: load it with rankwise"),
+        (
+            lambda t: t.peft_type.startswith(_OWN),
+            "no",
+            "its layers' own state, which rankwise alone reads: load it there",
+        ),
         (_always, "yes", ""),
     ),
     "vLLM": (

@@ -17,7 +17,14 @@ from rankwise.base_probe import read_probes
 from rankwise.errors import BrokenFile, MissingTensor, RankwiseError, SpecError, UnsafeFile
 from rankwise.files import check_stays_inside, is_pickle, read_json, tensor_entries
 from rankwise.format import adalora
-from rankwise.format.configuration import check_extra, check_supported, is_own, ranks_and_alphas, stated_fields
+from rankwise.format.configuration import (
+    check_extra,
+    check_supported,
+    is_own,
+    ranks_and_alphas,
+    stated_fields,
+    variant_recorded,
+)
 from rankwise.format.layout import by_site, check_beside, check_pair, pair_names, shared_A, stray
 from rankwise.format.names import CONFIG, EMBEDDING_PAIR, EXTRA, OWN, PREFIX, TENSORS, site_and_suffix
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
@@ -71,7 +78,8 @@ class Inspection:
         directory: as given.
         files: the files in it.
         peft_type, base_model: as the configuration names them.
-        spec: the configuration as a spec's plain data; None where it cannot be read as one.
+        spec: the configuration as a spec's plain data, with the variant that ``rankwise.json`` names where PEFT has no
+            word for it; None where it cannot be read as one.
         sites: the adapted layers that are sound.
         replaced: the modules, by name, of which the file brings whole tensors instead of a change.
         parameters: numbers in the file.
@@ -115,12 +123,14 @@ def inspect(directory: str | Path) -> Inspection:
     header = problems.catch(lambda: tensor_entries(folder / TENSORS))
     entries = header or {}
     fields: dict[str, Any] | None = None
+    spec: dict[str, Any] | None = None
     whole: list[str] = []
     sites: list[SiteFacts] = []
     if is_own(config):
-        sites = list(_own_sites(folder, config, entries, problems))
+        spec, sites = _own_sites(folder, config, entries, problems)
     elif config:
         fields = problems.catch(lambda: _fields(folder / CONFIG, config))
+        spec = None if fields is None else plain_fields({**fields, "variant": _variant(folder, fields, problems)})
     if fields is not None and header is not None:
         whole = keys_under(fields["modules_to_save"], entries)
         with opened(folder / TENSORS, entries) as file:
@@ -135,7 +145,7 @@ def inspect(directory: str | Path) -> Inspection:
         files,
         _text(config.get("peft_type")),
         _text(config.get("base_model_name_or_path")),
-        None if fields is None else plain_fields(fields),
+        spec,
         tuple(sites),
         replaced,
         sum(entry.numbers for entry in entries.values()),
@@ -273,24 +283,34 @@ def _site(
     return SiteFacts(path, kind, (len(B), A.shape[1]), len(A), scale, dtype, change)
 
 
+def _variant(folder: Path, fields: Mapping[str, Any], problems: _Problems) -> Any:
+    """The variant as plain data, which rankwise.json may know better than PEFT's configuration."""
+    recorded = problems.catch(lambda: read_json(folder / EXTRA)) if (folder / EXTRA).is_file() else None
+    return variant_recorded(fields["variant"], recorded or {})
+
+
 def _own_sites(
     folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], problems: _Problems
-) -> Iterator[SiteFacts]:
-    """The sites of a directory that rankwise alone reads."""
+) -> tuple[dict[str, Any] | None, list[SiteFacts]]:
+    """The spec, as plain data, and the sites of a directory that rankwise alone reads."""
     from rankwise.format.own_form import configured, states_by_site  # a method's own file, which needs torch
 
     spec_and_sites = problems.catch(lambda: configured(folder / CONFIG, config))
     if spec_and_sites is None:
-        return
-    _, sites = spec_and_sites
+        return None, []
+    spec, sites = spec_and_sites
     states = problems.catch(lambda: states_by_site(folder / TENSORS, entries, sites)) or {}
     if entries:
         with opened(folder / TENSORS, entries) as file:
             problems.catch(lambda: file.check_finite(entries))
     variant = str(config["peft_type"]).removeprefix(OWN).lower()
-    for path, state in states.items():
-        site, dtype = sites[path], ", ".join(sorted({entry.dtype for entry in state.values()}))
-        yield SiteFacts(path, variant, site.shape, site.rank, site.scale, dtype, None)
+    dtypes = {path: ", ".join(sorted({entry.dtype for entry in state.values()})) for path, state in states.items()}
+    facts = [
+        SiteFacts(path, variant, site.shape, site.rank, site.scale, dtypes[path], None)
+        for path, site in sites.items()
+        if path in states
+    ]
+    return spec.to_dict(), facts
 
 
 def _check_own_file(folder: Path, config: Mapping[str, Any], sites: set[str]) -> None:

@@ -133,6 +133,8 @@ def _section_title(report: Report, part: AdapterPart) -> str:
 
 def _adapter_panels(name: str, part: AdapterPart) -> list[Panel]:
     sites = part.sites
+    if not sites:  # of an adapter that changes no weight
+        return []
     against = [site for site in sites if site.against_base is not None]
     panels = []
     if against:

@@ -55,7 +55,7 @@ def analyze(
     for name, (directory, adapter) in adapters.items():
         if without_base:
             sites = measure(adapter, watch=_watch(name, console))
-            parts.append(adapter_part(name, directory, adapter, sites))
+            parts.append(adapter_part(name, directory, adapter.spec, sites))
             continue
         model, tokenizer = load_base(directory, base)
         sites = measure(adapter, model, intruders=intruders, watch=_watch(name, console))
@@ -66,7 +66,7 @@ def analyze(
             )
 
             alignment = adapter_alignment(directory, base, batches, batch_count, console)
-        parts.append(adapter_part(name, directory, adapter, sites, alignment))
+        parts.append(adapter_part(name, directory, adapter.spec, sites, alignment))
         if prompts:
             rw.load(model, directory)
             samples += [before_and_after(model, tokenizer, prompt) for prompt in prompts]

@@ -7,6 +7,7 @@ The paper's P Λ Q is our B diag(λ) A. λ = 0 at the start, so no start pair ne
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,8 @@ class AdaLora(PairVariant):
         padded: save all sites with one rank (zeros fill up), for engines that read no ``rank_pattern``.
     """
 
+    saved_as_lora: ClassVar[bool] = True
+
     start_factor: float = 1.5
     beta1: float = 0.85
     beta2: float = 0.85
@@ -136,6 +139,9 @@ class AdaLora(PairVariant):
 
     def starting(self, site: Site) -> Site:
         return replace(site, rank=max(site.rank, min(math.ceil(self.start_factor * site.rank), *site.shape)))
+
+    def parameters(self, site: Site) -> int:
+        return super().parameters(site) + self.starting(site).rank
 
     def adjusted(self, start: Start, generator: Generator, *, default: bool) -> Start:
         A, B = (_drawn(half, generator) if default or not half.any() else half for half in (start.A, start.B))

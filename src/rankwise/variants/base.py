@@ -178,8 +178,18 @@ class Variant(ABC):
         """The site with the rank that training starts with: the spec's own, unless the variant prunes ranks later."""
         return site
 
+    def parameters(self, site: Site) -> int:
+        """How many numbers are trained at a site, for the plan: those of a pair."""
+        return self.starting(site).parameters
+
     def adjusted(self, start: Start, generator: Generator, *, default: bool) -> Start:
-        """What the variant makes of an init's start; ``default``: of the default init, which asks for nothing else."""
+        """What the variant makes of an init's start, or of zeros where a file is read that holds what it needs of it.
+
+        Args:
+            generator: derived from (seed, site name), apart from the init's: what is drawn from it alone is the same
+                whenever the adapter is attached or loaded, and need not be in a file.
+            default: whether the start is the default init's, which asks for nothing else.
+        """
         return start
 
     @abstractmethod
@@ -201,13 +211,16 @@ class PairVariant(Variant):
     """A variant that is written as a PEFT directory: a pair for each site, and perhaps tensors beside it.
 
     Attributes:
-        marks: entries of PEFT's configuration by which a file is known to be this variant's. Without any, a file is
-            read as plain LoRA.
-        tensors: file suffixes of what :meth:`FoldableLayer.extra_tensors` gives.
+        marks: entries of PEFT's configuration by which any reader knows a file to be this variant's. Without any, PEFT
+            reads the pair as plain LoRA, so that must be the same function; ``rankwise.json`` still names the variant.
+        tensors: file suffixes of what :meth:`FoldableLayer.extra_tensors` gives; they begin with "lora_" and need
+            marks.
+        saved_as_lora: whether a saved adapter is plain LoRA from then on, even where it is trained on.
     """
 
     marks: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     tensors: ClassVar[tuple[str, ...]] = ()
+    saved_as_lora: ClassVar[bool] = False
 
     @abstractmethod
     def build(

@@ -78,6 +78,10 @@ class BottleneckVariant(Variant):
                 f"{site.name} is a {kind.name}, but a bottleneck reads outputs on the last axis; exclude it"
             )
 
+    def parameters(self, site: Site) -> int:
+        out, width = site.shape[0], site.rank
+        return 2 * width * out + width + out
+
     def adjusted(self, start: Start, generator: Generator, *, default: bool) -> Start:
         """D as A [width, out]: the bottleneck works on the layer's output. There is no B."""
         out, width = start.B.shape

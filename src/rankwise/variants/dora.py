@@ -161,6 +161,9 @@ class Dora(PairVariant):
     marks: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_dora": True})
     tensors: ClassVar[tuple[str, ...]] = (MAGNITUDE,)
 
+    def parameters(self, site: Site) -> int:
+        return super().parameters(site) + site.shape[0]
+
     def build(self, site: Site, kind: Kind, weight: Tensor, start: Start, dropout: float) -> DoraLayer:
         layer = DoraLayer(site, kind, dropout, start, weight, anchored=start.needs_anchor)
         with torch.no_grad():  # ΔW is zero here, but for a start that is meant to change the model

@@ -13,6 +13,7 @@ from rankwise.methods import name_of
 from rankwise.report.measure import SiteMeasures
 from rankwise.report.page import AdapterPart
 from rankwise.scaling import SCALINGS
+from rankwise.spec import LoRA
 from rankwise.train.model.generation import Sample
 
 # Optimizer → site → how the next step agrees with full fine-tuning's.
@@ -20,7 +21,7 @@ Measured = Mapping[str, Mapping[str, Alignment]]
 
 
 def adapter_part(
-    name: str, directory: Path, adapter: Adapter, sites: Sequence[SiteMeasures], alignment: Measured | None = None
+    name: str, directory: Path, spec: LoRA, sites: Sequence[SiteMeasures], alignment: Measured | None = None
 ) -> AdapterPart:
     """An adapter's part of the page."""
     found = inspect(directory)
@@ -29,7 +30,7 @@ def adapter_part(
         "base model": found.base_model or "not named",
         "sites": str(len(found.sites)),
         "rank": ", ".join(str(rank) for rank in sorted({site.rank for site in found.sites})),
-        "scaling": name_of(SCALINGS, adapter.spec.scaling),
+        "scaling": name_of(SCALINGS, spec.scaling),
         "parameters": f"{found.parameters:,} ({', '.join(found.dtypes)})",
         "replaces whole": ", ".join(found.replaced) or "nothing",
     }

@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
+from rankwise.adapted.adapted import Adapted
 from rankwise.adapter import Adapter
 from rankwise.errors import RunStopped
 from rankwise.files import check_directory_name
@@ -43,6 +44,7 @@ from rankwise.train.trainer.alignment_callback import AlignmentCallback
 from rankwise.train.trainer.progress import ProgressBar, without_dataset_bars
 from rankwise.train.trainer.stop_signal import StopOnSigterm
 from rankwise.train.trainer.trainer import RESULTS, AdapterTrainer
+from rankwise.variants.base import FoldableLayer
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,12 @@ def execute(prepared: Prepared, console: Console) -> Result:
     with lock.only_writer(prepared.recipe.output_dir, console) if writes else nullcontext():
         if writes:
             resume.tidy(prepared.recipe.output_dir, prepared.checkpoint, console)
-        first = portable(prepared.model)
+        first = _change(prepared.model)
         _train(prepared)
         return _written(prepared, first, console)
 
 
-def _written(prepared: Prepared, first: Adapter, console: Console) -> Result:
+def _written(prepared: Prepared, first: Adapter | None, console: Console) -> Result:
     """The files of a trained run; ``first`` is its adapter before the first step."""
     recipe, trainer, task = prepared.recipe, prepared.trainer, TASKS[prepared.recipe.task]
     out = Path(recipe.output_dir)
@@ -192,13 +194,21 @@ def _written(prepared: Prepared, first: Adapter, console: Console) -> Result:
     return result
 
 
-def _write_page(result: Result, first: Adapter) -> None:
+def _change(model: PreTrainedModel) -> Adapter | None:
+    """The adapter's change of the weights as it is now; None of one that acts behind its layers."""
+    layers = (layer for slot in Adapted.of(model).slots.values() for layer in slot.adapters.values())
+    return portable(model) if all(isinstance(layer, FoldableLayer) for layer in layers) else None
+
+
+def _write_page(result: Result, first: Adapter | None) -> None:
     prepared, recipe = result.prepared, result.prepared.recipe
     report = run_report(
         title_of(recipe),
         recipe=recipe,
+        spec=prepared.loaded.spec,
         model=prepared.model,
         first=first,
+        last=_change(prepared.model),
         directory=result.adapter,
         history=result.history,
         loss_unit=TASKS[recipe.task].loss_unit,

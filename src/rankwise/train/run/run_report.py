@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 import rankwise as rw
 from rankwise.adapter import Adapter
-from rankwise.format.peft import read_adapter
 from rankwise.report.history import History
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Alignments, Report
@@ -23,8 +22,10 @@ def run_report(
     title: str,
     *,
     recipe: Recipe,
+    spec: rw.LoRA,
     model: PreTrainedModel,
-    first: Adapter,
+    first: Adapter | None,
+    last: Adapter | None,
     directory: Path,
     history: History,
     loss_unit: str,
@@ -35,25 +36,25 @@ def run_report(
     """What a run that has just ended did.
 
     Args:
-        first: the adapter before its first step.
-        directory: where it now lies.
+        first, last: the adapter before its first step, and now; None where it changes no weight.
+        directory: where it lies.
         over_run: the alignment as it was measured along the run.
     """
-    last = read_adapter(directory)
+    states = {"the start": first, "the end": last} if first and last else {}
     with rw.disabled(model):
-        sites = measure(last, model)
+        sites = measure(last, model) if last else []
     return Report(
         title=title,
-        adapters=[adapter_part("adapter", directory, last, sites, over_run.get(max(over_run, default=0)))],
+        adapters=[adapter_part("adapter", directory, spec, sites, over_run.get(max(over_run, default=0)))],
         headline=_headline(recipe, metrics),
-        similarities=similarities({"the start": first, "the end": last}),
+        similarities=similarities(states),
         runs={"run": history},
         loss_unit=loss_unit,
         over_run=over_run,
         samples=[] if sample is None else [texts(sample)],
         configuration=yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False).strip(),
         versions=versions(),
-        notes=_notes(recipe, first, last),
+        notes=_notes(recipe, first, last) if first and last else [],
     )
 
 

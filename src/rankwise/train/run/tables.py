@@ -17,6 +17,7 @@ import rankwise as rw
 
 if TYPE_CHECKING:
     from rankwise.analysis.rank_advice import RankAdvice
+    from rankwise.planning import Plan
     from rankwise.train.model.generation import Sample
     from rankwise.train.model.merged import Merged
     from rankwise.train.run.trial_step import TrialStep
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
 
 
-def plan_table(sites: Sequence[rw.Site]) -> Table:
+def plan_table(sites: Plan) -> Table:
     """The plan; layers that differ only in their number share a line."""
-    total = f"{sum(site.parameters for site in sites):,}"
+    total = f"{sites.parameters:,}"
     table = Table(title="What is adapted", title_justify="left", show_footer=True)
     table.box, table.padding, table.pad_edge = box.SIMPLE_HEAD, (0, 1, 0, 0), False
     table.add_column("layers", footer="total", overflow="fold")
@@ -41,7 +42,7 @@ def plan_table(sites: Sequence[rw.Site]) -> Table:
     for site in sites:
         groups[_without_numbers(site.name), site.kind, site.shape, site.rank, site.scale].append(site)
     for (name, kind, (out, into), rank, scale), members in groups.items():
-        parameters = sum(site.parameters for site in members)
+        parameters = sum(sites.variant.parameters(site) for site in members)
         table.add_row(name, str(len(members)), kind, f"{out} × {into}", str(rank), f"{scale:.4g}", f"{parameters:,}")
     return table
 
