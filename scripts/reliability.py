@@ -25,7 +25,7 @@ class Fault(NamedTuple):
 
 
 _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
-_FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoint_directory.py"
+_FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
 _MERGED = "end_to_end/test_merged_directory.py"
 
@@ -121,8 +121,8 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "No module matched, or some names of the list matched none",
         "`TargetError` lists them, the nearest name and what the model has.",
-        ("unit/test_plan.py::test_what_cannot_be_served_is_refused_and_the_model_left_alone",
-         "unit/test_plan.py::test_a_model_without_linear_layers"),
+        ("unit/test_planning.py::test_what_cannot_be_served_is_refused_and_the_model_left_alone",
+         "unit/test_planning.py::test_a_model_without_linear_layers"),
     ),
     Fault(
         "Adapter and base do not fit: layout, shape, vocabulary, weights",
@@ -135,20 +135,20 @@ FAULTS: tuple[Fault, ...] = (
         "alpha NaN, negative or huge; r ≤ 0, above min(in, out), 10⁹ or a string",
         "`SpecError` names field and value; a rank that a file's tensors do not have is a `ShapeMismatch`.",
         (_BAD, "unit/test_spec.py::test_bad_fields_are_refused_by_name",
-         "unit/test_plan.py::test_what_cannot_be_served_is_refused_and_the_model_left_alone"),
+         "unit/test_planning.py::test_what_cannot_be_served_is_refused_and_the_model_left_alone"),
     ),
     Fault(
         "Pathological regular expression",
         "`TargetError` after two seconds of computing; the expression runs in a process that is stopped.",
         ("unit/test_patterns.py::test_one_that_would_take_forever_is_stopped",
          "unit/test_patterns.py::test_a_spec_with_such_a_pattern_is_refused_and_the_model_left_alone",
-         "unit/test_inspect.py::test_a_hostile_file_takes_neither_memory_nor_time", _BAD),
+         "unit/test_inspection.py::test_a_hostile_file_takes_neither_memory_nor_time", _BAD),
     ),
     Fault(
         "Smuggled full tensors",
         "`UnexpectedTensor`, unless `modules_to_save` names their module; `load(..., modules_to_save=())` refuses "
         "these too, and `inspect` lists them.",
-        (_BAD, "unit/test_inspect.py::test_whole_modules_can_be_refused_or_allowed_by_name"),
+        (_BAD, "unit/test_inspection.py::test_whole_modules_can_be_refused_or_allowed_by_name"),
     ),
     Fault(
         "Oversized header, LFS pointer, truncated safetensors, duplicate JSON keys",
@@ -161,15 +161,15 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "Pickle files, code that comes with an adapter or a model",
         "Never opened, never run: `UnsafeFile`, `PretrainedError`, or a note of `inspect`.",
-        (_BAD, "unit/test_inspect.py::test_what_it_does_not_open",
+        (_BAD, "unit/test_inspection.py::test_what_it_does_not_open",
          f"{_MERGED}::test_a_base_that_a_strangers_adapter_names_runs_no_code",
          "unit/test_pretrained.py::test_pickled_weights_are_refused"),
     ),
     Fault(
         "Path traversal, links, absolute names",
         "`UnsafeFile` for a link that leaves the directory; the hub's cache, made of links, is read.",
-        (_BAD, "unit/test_inspect.py::test_what_it_does_not_open",
-         "unit/test_inspect.py::test_the_hubs_cache_is_read_through_its_links"),
+        (_BAD, "unit/test_inspection.py::test_what_it_does_not_open",
+         "unit/test_inspection.py::test_the_hubs_cache_is_read_through_its_links"),
     ),
     Fault(
         "Lossy merge: bf16, 4-bit, NaN",
