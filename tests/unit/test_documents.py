@@ -1,11 +1,21 @@
 """What the documents show runs and is up to date."""
 
+import copy
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+
+import rankwise as rw
+from rankwise.inits import INITS
+from rankwise.methods import Method, resolve
+from rankwise.optim import OPTIMIZERS
+from rankwise.scaling import SCALINGS
+from rankwise.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,6 +26,52 @@ def test_the_readme_s_python_runs_as_written(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks[0], "README.md", "exec"), {})
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_methods_that_contributing_shows_are_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file and row as they are shown, with no other edit: all are attached, trained, saved and loaded together."""
+    shown = re.findall(r"```python\n# (.*?)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    tables = {"INITS": INITS, "SCALINGS": SCALINGS, "VARIANTS": VARIANTS, "OPTIMIZERS": OPTIMIZERS}
+    added: dict[str, str] = {}
+    for place, code in shown:
+        if place.startswith("src/rankwise/"):
+            _add_to_module(place.removeprefix("src/").removesuffix(".py").replace("/", "."), code, monkeypatch)
+        else:
+            table = place.removeprefix("the row in ").partition(",")[0]
+            for name, method in eval(f"{{{code}}}", {"Method": Method}).items():
+                monkeypatch.setitem(tables[table], name, method)
+                added[table] = name
+    assert added.keys() == tables.keys()
+    base = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+    x = torch.randn(5, 6)
+    spec = rw.LoRA(rank=2, init=added["INITS"], scaling=added["SCALINGS"], variant=added["VARIANTS"])
+    model = rw.attach(copy.deepcopy(base), spec)
+    assert torch.equal(model(x), base(x))
+    assert rw.plan(base, spec).parameters == sum(p.numel() for p in rw.trainable_parameters(model))
+    _step(model, torch.optim.SGD(rw.trainable_parameters(model), lr=0.1), x)
+    rw.save(model, tmp_path)
+    assert not torch.allclose(model(x), base(x))
+    torch.testing.assert_close(rw.load(copy.deepcopy(base), tmp_path)(x), model(x))
+    plain = rw.attach(copy.deepcopy(base), rw.LoRA(rank=2))
+    _step(plain, resolve(OPTIMIZERS, {"name": added["OPTIMIZERS"], "beta": 0.5}, "optimizer")(plain, 0.01), x)
+    assert not torch.allclose(plain(x), base(x))
+
+
+def _add_to_module(name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules.get(name)
+    if module is None:
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+    namespace = dict(vars(module))
+    exec(compile(code, name, "exec"), namespace)
+    for key, value in namespace.items():
+        if key not in vars(module):
+            monkeypatch.setattr(module, key, value, raising=False)
+
+
+def _step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    model(x).square().mean().backward()
+    optimizer.step()
 
 
 def test_tables_in_the_documents_are_those_of_the_results() -> None:
@@ -34,10 +90,6 @@ def test_every_fault_has_its_tests_and_the_table_is_up_to_date() -> None:
 
 
 def test_every_method_has_its_section() -> None:
-    from rankwise.inits import INITS
-    from rankwise.scaling import SCALINGS
-    from rankwise.variants import VARIANTS
-
     text = (ROOT / "docs" / "methods.md").read_text()
     missing = [name for entries in (INITS, SCALINGS, VARIANTS) for name in entries if f"`{name}`" not in text]
     assert not missing
