@@ -208,7 +208,7 @@ def similarity(first: str, one: Adapter, second: str, two: Adapter) -> Similarit
     The same span as that of A's, which the paper takes, but in the order of what they do to the weight, and the same
     whatever pair holds ΔW.
     """
-    found: defaultdict[str, list[Tensor]] = defaultdict(list)
+    phis_by_module: defaultdict[str, list[Tensor]] = defaultdict(list)
     chance: dict[str, float] = {}
     labels = module_labels([*one.sites])
     with torch.no_grad():
@@ -217,15 +217,15 @@ def similarity(first: str, one: Adapter, second: str, two: Adapter) -> Similarit
             if other is None or other.delta.shape[1] != site.delta.shape[1]:
                 continue
             into = site.delta.shape[1]
-            directions = [_directions(each.delta) for each in (site, other)]
+            directions = [_directions(part.delta) for part in (site, other)]
             if min(map(len, directions)) == 0:  # nothing there yet: A = 0 at the start
                 continue
             phi = subspace_similarity(*directions)
             module = labels[name]
-            if not found[module] or found[module][0].shape == phi.shape:
-                found[module].append(phi)
+            if not phis_by_module[module] or phis_by_module[module][0].shape == phi.shape:
+                phis_by_module[module].append(phi)
                 chance[module] = max(phi.shape) / into
-    by_module = {module: torch.stack(phis).mean(0).tolist() for module, phis in found.items()}
+    by_module = {module: torch.stack(phis).mean(0).tolist() for module, phis in phis_by_module.items()}
     return Similarity(first, second, by_module, chance)
 
 
@@ -240,7 +240,7 @@ def _directions(delta: LowRank) -> Tensor:
 
 def by_module(sites: Sequence[SiteMeasures]) -> Iterator[tuple[str, list[SiteMeasures]]]:
     """Layers alike, in the order of the model."""
-    found: defaultdict[str, list[SiteMeasures]] = defaultdict(list)
+    groups: defaultdict[str, list[SiteMeasures]] = defaultdict(list)
     for site in sites:
-        found[site.module].append(site)
-    yield from found.items()
+        groups[site.module].append(site)
+    yield from groups.items()
