@@ -143,10 +143,14 @@ def measure(
         BaseMismatch: the base lacks a site, or has it in another shape.
     """
     labels = module_labels(adapter.sites)
+    layers = None if base is None else dict(base.named_modules())
     with torch.no_grad():
         return [
             _site(
-                name, labels[name], site, None if base is None else _against_base(base, name, site, intruders=intruders)
+                name,
+                labels[name],
+                site,
+                None if layers is None else _against_base(layers, name, site, intruders=intruders),
             )
             for name, site in watch(list(adapter.sites.items()))
         ]
@@ -169,8 +173,8 @@ def _site(name: str, module: str, site: SiteAdapter, against: AgainstBase | None
     )
 
 
-def _against_base(base: nn.Module, name: str, site: SiteAdapter, *, intruders: bool) -> AgainstBase:
-    weight, delta = _weight(base, name, site.delta), site.delta
+def _against_base(layers: Mapping[str, nn.Module], name: str, site: SiteAdapter, *, intruders: bool) -> AgainstBase:
+    weight, delta = _weight(layers, name, site.delta), site.delta
     delta = LowRank(delta.B.to(weight.device), delta.A.to(weight.device), delta.scale)
     changed = bool(delta.norm())
     among = min(INTRUDERS_AMONG, *delta.shape)
@@ -182,8 +186,8 @@ def _against_base(base: nn.Module, name: str, site: SiteAdapter, *, intruders: b
     )
 
 
-def _weight(base: nn.Module, name: str, delta: LowRank) -> Tensor:
-    layer: Any = dict(base.named_modules()).get(name)
+def _weight(layers: Mapping[str, nn.Module], name: str, delta: LowRank) -> Tensor:
+    layer: Any = layers.get(name)
     kind = None if layer is None else kind_or_none(layer)
     if kind is None:
         raise BaseMismatch(f"the base has no layer {name} that could carry an adapter; it is another model's")
