@@ -1,4 +1,4 @@
-"""What each command takes from Enter to its end: seconds on the clock, seconds of computing, and whether it imports torch.
+"""What a command takes from Enter to its end: seconds on the clock and of computing, and whether it imports torch.
 
 python benchmarks/starting.py [--repeats 5]
 

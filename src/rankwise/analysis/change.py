@@ -100,7 +100,7 @@ def merge_loss(delta: LowRank, weight: Float[Tensor, "out in"], storage: str = "
         base = weight.detach()[rows].float()
         change = delta.rows(rows).dense().to(base)
         lost = stored(base + change) - stored(base) - change
-        squares += torch.stack([lost.double().square().sum(), change.double().square().sum()]).cpu()
+        squares += torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) ** 2 for x in (lost, change)]).cpu()
     lost_energy, energy = squares.tolist()
     return float((lost_energy / energy) ** 0.5) if energy else 0.0
 

@@ -81,10 +81,10 @@ def main(
     # Where it is installed, importing it says which of its kernels this machine lacks; nothing here asked for them.
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    own = logging.getLogger("rankwise")  # says which choices were made, and why
-    own.setLevel(logging.INFO)
-    if not own.handlers:
-        own.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False))
+    logger = logging.getLogger("rankwise")  # says which choices were made, and why
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False))
 
 
 def _console() -> Console:
@@ -192,12 +192,12 @@ def inspect_adapter(
     from rankwise.cli.inspection import report
     from rankwise.inspection.inspection import inspect
 
-    found = inspect(adapter)
+    inspection = inspect(adapter)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        typer.echo(json.dumps(inspection.to_dict(), indent=2))
     else:
-        _console().print(*report(found), sep="\n")
-    if found.problems:
+        _console().print(*report(inspection), sep="\n")
+    if inspection.problems:
         raise typer.Exit(1)
 
 

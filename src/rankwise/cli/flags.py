@@ -24,9 +24,9 @@ def recipe_flags(command: Callable[..., None]) -> Callable[..., None]:
         command(**values, overrides={name: _value(name, text) for name, text in given.items()})
 
     signature = inspect.signature(command, eval_str=True)
-    own = [parameter for parameter in signature.parameters.values() if parameter.name != "overrides"]
-    with_flags.__signature__ = signature.replace(parameters=[*own, *flags.values()])  # type: ignore[attr-defined]
-    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *flags.values()]}
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "overrides"]
+    with_flags.__signature__ = signature.replace(parameters=[*parameters, *flags.values()])  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *flags.values()]}
     return with_flags
 
 

@@ -16,49 +16,49 @@ from rankwise.inspection.inspection import Inspection, SiteFacts
 _COLOURS = {"yes": "green", "after export": "yellow", "no": "red"}
 
 
-def report(found: Inspection) -> Iterator[RenderableType]:
+def report(inspection: Inspection) -> Iterator[RenderableType]:
     """The whole report, problems last: that is where the eye stays."""
-    yield _facts(found)
-    if found.sites:
-        yield _sites(found)
-    yield _files(found)
-    if found.engines:
-        yield _engines(found)
-    for note in found.notes:
+    yield _facts(inspection)
+    if inspection.sites:
+        yield _sites(inspection)
+    yield _files(inspection)
+    if inspection.engines:
+        yield _engines(inspection)
+    for note in inspection.notes:
         yield Text.assemble(("note ", "bold"), _shown(note))
-    for problem in found.problems:
+    for problem in inspection.problems:
         yield Text.assemble(("problem ", "bold red"), _shown(problem))
-    if found.problems:
+    if inspection.problems:
         yield Text("rankwise.load refuses this directory.", style="bold red")
 
 
-def _facts(found: Inspection) -> Table:
+def _facts(inspection: Inspection) -> Table:
     table = Table(
-        title=_shown(found.directory), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        title=_shown(inspection.directory), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
     )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    spec = found.spec or {}
-    table.add_row("kind", _shown(found.peft_type or "unknown"))
-    table.add_row("base model", _shown(found.base_model or "not named"))
+    spec = inspection.spec or {}
+    table.add_row("kind", _shown(inspection.peft_type or "unknown"))
+    table.add_row("base model", _shown(inspection.base_model or "not named"))
     if spec:
         table.add_row("variant", _shown(str(spec["variant"])))
         table.add_row("rank, alpha", f"{spec['rank']}, {spec['alpha']:g}, scaling {spec['scaling']}")
         table.add_row("patterns", f"{len(spec['rank_pattern'])} of ranks, {len(spec['alpha_pattern'])} of alpha")
-    table.add_row("sites", str(len(found.sites)))
-    table.add_row("parameters", f"{found.parameters:,}")
-    table.add_row("dtypes", ", ".join(f"{dtype} ({count:,})" for dtype, count in found.dtypes.items()) or "none")
+    table.add_row("sites", str(len(inspection.sites)))
+    table.add_row("parameters", f"{inspection.parameters:,}")
+    table.add_row("dtypes", ", ".join(f"{dtype} ({count:,})" for dtype, count in inspection.dtypes.items()) or "none")
     return table
 
 
-def _sites(found: Inspection) -> Table:
+def _sites(inspection: Inspection) -> Table:
     """Layers that differ in their number only share a line."""
     table = _table("Sites")
     table.add_column("layers", overflow="fold")
     for name in ("count", "kind", "out × in", "rank", "scale", "dtype", "‖ΔW‖"):
         table.add_column(name, justify="left" if name in ("kind", "dtype") else "right")
     groups: defaultdict[tuple[str, str, tuple[int, int], int, float, str], list[SiteFacts]] = defaultdict(list)
-    for site in found.sites:
+    for site in inspection.sites:
         place = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", site.name)
         groups[place, site.kind, site.shape, site.rank, site.scale, site.dtype].append(site)
     for (place, kind, (out, into), rank, scale, dtype), alike in groups.items():
@@ -68,21 +68,21 @@ def _sites(found: Inspection) -> Table:
     return table
 
 
-def _files(found: Inspection) -> Table:
+def _files(inspection: Inspection) -> Table:
     table = _table("Files")
     table.add_column("name", overflow="fold")
     table.add_column("bytes", justify="right")
     table.add_column("sha256", overflow="fold")
-    for file in found.files:
+    for file in inspection.files:
         table.add_row(_shown(file.name), f"{file.size:,}", file.sha256 or "not opened")
     return table
 
 
-def _engines(found: Inspection) -> Table:
+def _engines(inspection: Inspection) -> Table:
     table = _table("Who reads it right, as it stands")
     for name in ("engine", "", "how, or why not"):
         table.add_column(name, overflow="fold")
-    for verdict in found.engines:
+    for verdict in inspection.engines:
         table.add_row(verdict.engine, Text(verdict.answer, style=_COLOURS[verdict.answer]), verdict.reason)
     return table
 

@@ -3,7 +3,7 @@
 Nothing here needs torch.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -24,20 +24,15 @@ class Shaped(Protocol):
 S = TypeVar("S", bound=Shaped)
 
 
-def by_site(
-    where: Path, tensors: Mapping[str, S], place: Callable[[str], tuple[str, str] | None] = site_and_suffix
-) -> dict[str, dict[str, S]]:
+def by_site(where: Path, tensors: Mapping[str, S]) -> dict[str, dict[str, S]]:
     """Module path → file suffix → tensor.
-
-    Args:
-        place: a tensor's name → its module path and suffix.
 
     Raises:
         UnexpectedTensor: one is no site's. MissingTensor: there are none.
     """
     sites: dict[str, dict[str, S]] = {}
     for key, tensor in tensors.items():
-        path_and_suffix = place(key)
+        path_and_suffix = site_and_suffix(key)
         if path_and_suffix is None:
             raise stray(where, key, tensor)
         path, suffix = path_and_suffix

@@ -35,6 +35,7 @@ from rankwise.spec import plain_fields
 from rankwise.tensor_header import TensorEntry
 
 T = TypeVar("T")
+_RanksAndAlphas = tuple[dict[str, int], dict[str, float]]
 _LISTED = 200  # files, and problems, that a report names
 _CODE = (".py", ".so", ".sh", ".pyc", ".dll", ".exe", ".ipynb")
 
@@ -135,7 +136,7 @@ def inspect(directory: str | Path) -> Inspection:
         whole = keys_under(fields["modules_to_save"], entries)
         with opened(folder / TENSORS, entries) as file:
             problems.catch(lambda: file.check_finite(whole))
-            sites = list(_sites(folder, config, fields, _without(entries, whole), file, problems))
+            sites = list(_sites(_Reader(folder, config, fields, file), _without(entries, whole), problems))
     replaced = tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in whole))
     if replaced:
         notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
@@ -218,69 +219,66 @@ def _without(entries: Mapping[str, TensorEntry], left_out: Iterable[str]) -> dic
     return {key: entry for key, entry in entries.items() if key not in unwanted}
 
 
-def _sites(
-    folder: Path,
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    entries: Mapping[str, TensorEntry],
-    file: TensorFile,
-    problems: _Problems,
-) -> Iterator[SiteFacts]:
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the sites of a file; ``fields`` are what its configuration states."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    file: TensorFile
+
+    @property
+    def is_adalora(self) -> bool:
+        return bool(self.config["peft_type"] == "ADALORA")
+
+    def site(self, path: str, entries: Mapping[str, TensorEntry], given: _RanksAndAlphas | None) -> SiteFacts:
+        """One site, from its tensors; ``given`` are the ranks and alphas of the configuration."""
+        where, fields = self.folder / TENSORS, self.fields
+        tensors = {name: self.file.array(name) for name in entries}
+        if self.is_adalora:
+            plain, tensors = adalora.as_lora(self.folder, self.config, tensors)
+            fields = stated_fields(self.folder / CONFIG, plain)
+            given = ranks_and_alphas(self.folder / CONFIG, fields, [path])
+        if given is None:
+            raise SpecError(f"{where}: {path}: its rank is not known")
+        rank, alpha = given[0][path], given[1][path]
+        parts = by_site(where, tensors)[path]
+        pair = pair_names(where, path, parts)
+        A, B = (parts.pop(name) for name in pair)
+        check_beside(where, path, parts, fields["variant"])
+        check_pair(where, path, (A.shape, B.shape), (str(A.dtype), str(B.dtype)), rank)
+        kind = "embedding" if pair == EMBEDDING_PAIR else "conv2d" if A.ndim == 4 else "linear"
+        A = shared_A(where, path, A, rank // B.shape[1])  # a grouped convolution's B has rank/groups columns
+        A, B = A.reshape(len(A), -1), B.reshape(len(B), -1)
+        scale = declared(fields["scaling"] == "rslora")(alpha, rank)
+        norm = low_rank_norm(B, A, scale)
+        dtype = ", ".join(sorted({entry.dtype for entry in entries.values()}))
+        change = norm if math.isfinite(norm) else None
+        return SiteFacts(path, kind, (len(B), A.shape[1]), len(A), scale, dtype, change)
+
+
+def _sites(reader: _Reader, entries: Mapping[str, TensorEntry], problems: _Problems) -> Iterator[SiteFacts]:
     """The sites that are sound, each read by itself."""
-    where = folder / TENSORS
-    is_adalora = config["peft_type"] == "ADALORA"
-    place = adalora.site_and_suffix if is_adalora else site_and_suffix
-    keys: dict[str, list[str]] = {}
+    where = reader.folder / TENSORS
+    place = adalora.site_and_suffix if reader.is_adalora else site_and_suffix
+    sites: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in entries.items():
         path_and_suffix = place(key)
         if path_and_suffix is None:
             problems.found.append(f"UnexpectedTensor: {stray(where, key, entry)}")
         else:
-            keys.setdefault(path_and_suffix[0], []).append(key)
-    if not keys:
+            sites.setdefault(path_and_suffix[0], {})[key] = entry
+    if not sites:
         problems.found.append(f"MissingTensor: {where}: holds no pair of tensors")
         return
-    given = None if is_adalora else problems.catch(lambda: ranks_and_alphas(folder / CONFIG, fields, list(keys)))
-    for path, names in keys.items():
-        dtype = ", ".join(sorted({entries[name].dtype for name in names}))
-        read = partial(_site, folder, config, fields, path, names, file, given, dtype)
-        site = problems.catch(read)
+    given = None
+    if not reader.is_adalora:
+        given = problems.catch(lambda: ranks_and_alphas(reader.folder / CONFIG, reader.fields, list(sites)))
+    for path, site_entries in sites.items():
+        site = problems.catch(partial(reader.site, path, site_entries, given))
         if site is not None:
             yield site
-
-
-def _site(
-    folder: Path,
-    config: Mapping[str, Any],
-    fields: Mapping[str, Any],
-    path: str,
-    names: list[str],
-    file: TensorFile,
-    given: tuple[dict[str, int], dict[str, float]] | None,
-    dtype: str,
-) -> SiteFacts:
-    where = folder / TENSORS
-    tensors = {name: file.array(name) for name in names}
-    if config["peft_type"] == "ADALORA":
-        plain, tensors = adalora.as_lora(folder, config, tensors)
-        fields = stated_fields(folder / CONFIG, plain)
-        given = ranks_and_alphas(folder / CONFIG, fields, [path])
-    if given is None:
-        raise SpecError(f"{where}: {path}: its rank is not known")
-    rank, alpha = given[0][path], given[1][path]
-    parts = by_site(where, tensors)[path]
-    pair = pair_names(where, path, parts)
-    A, B = (parts.pop(name) for name in pair)
-    check_beside(where, path, parts, fields["variant"])
-    check_pair(where, path, (A.shape, B.shape), (str(A.dtype), str(B.dtype)), rank)
-    groups = rank // B.shape[1]  # a grouped convolution's B has rank/groups columns
-    A, B = shared_A(where, path, A, groups), B.reshape(len(B), -1)
-    kind = "embedding" if pair == EMBEDDING_PAIR else "conv2d" if A.ndim == 4 else "linear"
-    A = A.reshape(len(A), -1)
-    scale = declared(fields["scaling"] == "rslora")(alpha, rank)
-    norm = low_rank_norm(B, A, scale)
-    change = norm if math.isfinite(norm) else None
-    return SiteFacts(path, kind, (len(B), A.shape[1]), len(A), scale, dtype, change)
 
 
 def _variant(folder: Path, fields: Mapping[str, Any], problems: _Problems) -> Any:

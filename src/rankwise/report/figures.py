@@ -172,17 +172,17 @@ def spectra(name: str, sites: Sequence[SiteMeasures]) -> Panel:
     return Panel("Singular values of ΔW", reading, drawing, table)
 
 
-def similarity(name: str, found: Similarity) -> Panel:
+def similarity(name: str, measured: Similarity) -> Panel:
     """φ(i, j) as in the LoRA paper's figure 3, one small drawing a module, its layers averaged."""
-    columns = min(4, len(found.by_module))
-    rows = -(-len(found.by_module) // columns)
+    columns = min(4, len(measured.by_module))
+    rows = -(-len(measured.by_module) // columns)
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[len(found.by_module) :]:
+        for axes in grid.flat[len(measured.by_module) :]:
             axes.set_visible(False)
         image = None
-        for axes, (module, phi) in zip(grid.flat, found.by_module.items(), strict=False):
+        for axes, (module, phi) in zip(grid.flat, measured.by_module.items(), strict=False):
             extent = (0.5, len(phi[0]) + 0.5, len(phi) + 0.5, 0.5)
             image = axes.imshow(
                 phi, cmap="viridis", vmin=0, vmax=1, aspect="auto", extent=extent, interpolation="nearest"
@@ -191,18 +191,18 @@ def similarity(name: str, found: Similarity) -> Panel:
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(integer=True, nbins=4))
             axes.spines[:].set_visible(False)
-        figure.supxlabel(f"j: first directions of {plain(found.second)}", fontsize=10.5, color=INK)
-        figure.supylabel(f"i: first of {plain(found.first)}", fontsize=10.5, color=INK)
+        figure.supxlabel(f"j: first directions of {plain(measured.second)}", fontsize=10.5, color=INK)
+        figure.supylabel(f"i: first of {plain(measured.first)}", fontsize=10.5, color=INK)
         if image is not None:
             bar = figure.colorbar(image, ax=grid, pad=0.01, fraction=0.03)
             bar.outline.set_visible(False)
 
-    tops = {module: phi[0][0] for module, phi in found.by_module.items()}
+    tops = {module: phi[0][0] for module, phi in measured.by_module.items()}
     table = Table(
         ["module", "φ(1, 1)", "φ at full rank", "by chance at full rank"],
         [
-            [module, f"{phi[0][0]:.3f}", f"{phi[-1][-1]:.3f}", f"{found.by_chance[module]:.3f}"]
-            for module, phi in found.by_module.items()
+            [module, f"{phi[0][0]:.3f}", f"{phi[-1][-1]:.3f}", f"{measured.by_chance[module]:.3f}"]
+            for module, phi in measured.by_module.items()
         ],
     )
     reading = (
@@ -211,21 +211,21 @@ def similarity(name: str, found: Similarity) -> Panel:
         f"{min(tops, key=tops.__getitem__)} ({min(tops.values()):.2f})."
     )
     drawing = svg(name, "Subspace similarity by module", (8.4, 0.7 + 2.0 * rows), draw)
-    return Panel(f"Subspace similarity φ(i, j): {found.first} and {found.second}", reading, drawing, table)
+    return Panel(f"Subspace similarity φ(i, j): {measured.first} and {measured.second}", reading, drawing, table)
 
 
-def alignments(name: str, optimizer: str, sites: Sequence[SiteMeasures], found: Mapping[str, Alignment]) -> Panel:
+def alignments(name: str, optimizer: str, sites: Sequence[SiteMeasures], by_site: Mapping[str, Alignment]) -> Panel:
     """The cosine of the next step with full fine-tuning's at every site."""
-    there = [site for site in sites if site.name in found]
-    sizes = fmean(found[site.name].relative_size for site in there)
+    there = [site for site in sites if site.name in by_site]
+    sizes = fmean(by_site[site.name].relative_size for site in there)
     reading = (
         "1: the adapter's step moves the weight as full fine-tuning's would; 0: unrelated. At the same learning rate "
         f"it is {sizes:.2g} times as long, on average."
     )
     title = f"Agreement with full fine-tuning's step, {OPTIMIZER_NAMES[optimizer]} (cosine)"
-    low = min(0.0, *(found[site.name].cosine for site in there))
+    low = min(0.0, *(by_site[site.name].cosine for site in there))
     return layer_map(
-        name, title, there, lambda site: found[site.name].cosine, reading, limits=(low, 1.0), shown="{:.2f}"
+        name, title, there, lambda site: by_site[site.name].cosine, reading, limits=(low, 1.0), shown="{:.2f}"
     )
 
 
@@ -261,20 +261,21 @@ def amplification_table(sites: Sequence[SiteMeasures]) -> Panel:
     """The LoRA paper's table 7, layers alike averaged."""
     rows, factors = [], []
     for module, members in by_module(sites):
-        found = [each.amplification for each in map(against_base, members) if each.amplification is not None]
-        if not found:
+        measures = map(against_base, members)
+        amplifications = [site.amplification for site in measures if site.amplification is not None]
+        if not amplifications:
             continue
-        factors += [each.factor for each in found]
+        factors += [amplification.factor for amplification in amplifications]
         columns = [
-            [getattr(each, field) for each in found]
+            [getattr(amplification, field) for amplification in amplifications]
             for field in ("change", "along_change", "along_weight", "along_random")
         ]
         rows.append(
             [
                 module,
-                str(len(found)),
+                str(len(amplifications)),
                 *(f"{fmean(column):.3g}" for column in columns),
-                f"{fmean(e.factor for e in found):.2g}×",
+                f"{fmean(e.factor for e in amplifications):.2g}×",
             ]
         )
     head = ["module", "layers", "‖ΔW‖", "‖UᵀWV‖ along ΔW", "along W's own", "along random", "amplification"]
@@ -292,7 +293,7 @@ def lost_table(sites: Sequence[SiteMeasures]) -> Panel:
     rows = []
     for module, members in by_module(sites):
         lost = [against_base(site).lost for site in members]
-        columns = [[each[storage] for each in lost] for storage in LOST_TO]
+        columns = [[shares[storage] for shares in lost] for storage in LOST_TO]
         rows.append([module, *(f"{f(column):.1%}" for column in columns for f in (fmean, max))])
     worst = {storage: max(against_base(site).lost[storage] for site in sites) for storage in LOST_TO}
     head = ["module", *(f"{storage}, {which}" for storage in LOST_TO for which in ("mean", "worst layer"))]

@@ -14,5 +14,5 @@ def points(history: History, key: str) -> tuple[list[int], list[float]]:
     >>> points([{"step": 10, "loss": 1.5}, {"step": 10, "eval_loss": 1.4}], "eval_loss")
     ([10], [1.4])
     """
-    found = [(int(row["step"]), float(row[key])) for row in history if key in row]
-    return [step for step, _ in found], [value for _, value in found]
+    logged = [(int(row["step"]), float(row[key])) for row in history if key in row]
+    return [step for step, _ in logged], [value for _, value in logged]

@@ -143,10 +143,14 @@ def measure(
         BaseMismatch: the base lacks a site, or has it in another shape.
     """
     labels = module_labels(adapter.sites)
+    layers = None if base is None else dict(base.named_modules())
     with torch.no_grad():
         return [
             _site(
-                name, labels[name], site, None if base is None else _against_base(base, name, site, intruders=intruders)
+                name,
+                labels[name],
+                site,
+                None if layers is None else _against_base(layers, name, site, intruders=intruders),
             )
             for name, site in watch(list(adapter.sites.items()))
         ]
@@ -169,8 +173,8 @@ def _site(name: str, module: str, site: SiteAdapter, against: AgainstBase | None
     )
 
 
-def _against_base(base: nn.Module, name: str, site: SiteAdapter, *, intruders: bool) -> AgainstBase:
-    weight, delta = _weight(base, name, site.delta), site.delta
+def _against_base(layers: Mapping[str, nn.Module], name: str, site: SiteAdapter, *, intruders: bool) -> AgainstBase:
+    weight, delta = _weight(layers, name, site.delta), site.delta
     delta = LowRank(delta.B.to(weight.device), delta.A.to(weight.device), delta.scale)
     changed = bool(delta.norm())
     among = min(INTRUDERS_AMONG, *delta.shape)
@@ -182,8 +186,8 @@ def _against_base(base: nn.Module, name: str, site: SiteAdapter, *, intruders: b
     )
 
 
-def _weight(base: nn.Module, name: str, delta: LowRank) -> Tensor:
-    layer: Any = dict(base.named_modules()).get(name)
+def _weight(layers: Mapping[str, nn.Module], name: str, delta: LowRank) -> Tensor:
+    layer: Any = layers.get(name)
     kind = None if layer is None else kind_or_none(layer)
     if kind is None:
         raise BaseMismatch(f"the base has no layer {name} that could carry an adapter; it is another model's")
@@ -208,7 +212,7 @@ def similarity(first: str, one: Adapter, second: str, two: Adapter) -> Similarit
     The same span as that of A's, which the paper takes, but in the order of what they do to the weight, and the same
     whatever pair holds ΔW.
     """
-    found: defaultdict[str, list[Tensor]] = defaultdict(list)
+    phis_by_module: defaultdict[str, list[Tensor]] = defaultdict(list)
     chance: dict[str, float] = {}
     labels = module_labels([*one.sites])
     with torch.no_grad():
@@ -217,15 +221,15 @@ def similarity(first: str, one: Adapter, second: str, two: Adapter) -> Similarit
             if other is None or other.delta.shape[1] != site.delta.shape[1]:
                 continue
             into = site.delta.shape[1]
-            directions = [_directions(each.delta) for each in (site, other)]
+            directions = [_directions(part.delta) for part in (site, other)]
             if min(map(len, directions)) == 0:  # nothing there yet: A = 0 at the start
                 continue
             phi = subspace_similarity(*directions)
             module = labels[name]
-            if not found[module] or found[module][0].shape == phi.shape:
-                found[module].append(phi)
+            if not phis_by_module[module] or phis_by_module[module][0].shape == phi.shape:
+                phis_by_module[module].append(phi)
                 chance[module] = max(phi.shape) / into
-    by_module = {module: torch.stack(phis).mean(0).tolist() for module, phis in found.items()}
+    by_module = {module: torch.stack(phis).mean(0).tolist() for module, phis in phis_by_module.items()}
     return Similarity(first, second, by_module, chance)
 
 
@@ -240,7 +244,7 @@ def _directions(delta: LowRank) -> Tensor:
 
 def by_module(sites: Sequence[SiteMeasures]) -> Iterator[tuple[str, list[SiteMeasures]]]:
     """Layers alike, in the order of the model."""
-    found: defaultdict[str, list[SiteMeasures]] = defaultdict(list)
+    groups: defaultdict[str, list[SiteMeasures]] = defaultdict(list)
     for site in sites:
-        found[site.module].append(site)
-    yield from found.items()
+        groups[site.module].append(site)
+    yield from groups.items()

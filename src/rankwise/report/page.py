@@ -94,7 +94,9 @@ def render(report: Report) -> str:
     if len(report.over_run) > 1:
         run_panels.append(figures.alignment_over_run(report.over_run))
     between = [
-        figures.similarity(f"similarity-{i}", each) for i, each in enumerate(report.similarities) if each.by_module
+        figures.similarity(f"similarity-{i}", similarity)
+        for i, similarity in enumerate(report.similarities)
+        if similarity.by_module
     ]
     return page(
         report.title,
@@ -159,8 +161,8 @@ def _adapter_panels(name: str, part: AdapterPart) -> list[Panel]:
         )
     )
     panels += [
-        figures.alignments(f"{name}-alignment-{optimizer}", optimizer, sites, found)
-        for optimizer, found in part.alignment.items()
+        figures.alignments(f"{name}-alignment-{optimizer}", optimizer, sites, alignment_by_site)
+        for optimizer, alignment_by_site in part.alignment.items()
     ]
     panels.append(figures.spectra(f"{name}-spectra", sites))
     if against:
@@ -175,5 +177,5 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): finite(each) for key, each in value.items()}
-    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+        return {str(key): finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -15,10 +15,10 @@ def amplification_by_rank(
     recipe: Recipe, arms: dict[str, Arm], base: nn.Module, runs: Runs
 ) -> dict[str, list[SiteMeasures]]:
     """Rank → every site of the ranks study's adapter of that rank, measured against the base."""
-    found = {}
+    sites_by_rank = {}
     for rank, arm in arms.items():
         changes = {"rank": int(rank), "learning_rate": arm.learning_rate}
         directory = runs.adapter(recipe.model_copy(update=changes)).adapter
         assert directory is not None  # a run that trains an adapter has one
-        found[rank] = measure(read_adapter(directory), base)
-    return found
+        sites_by_rank[rank] = measure(read_adapter(directory), base)
+    return sites_by_rank

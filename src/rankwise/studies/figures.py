@@ -48,14 +48,14 @@ def arms_panel(name: str, title: str, arms: Mapping[str, Arm], unit: str) -> Pan
     rows = [
         [
             arm,
-            str(each.rank),
-            f"{each.parameters:,}",
-            f"{each.learning_rate:g}" + ("" if each.bracketed else " (at the edge)"),
-            f"{each.mean:.4f}",
+            str(measured.rank),
+            f"{measured.parameters:,}",
+            f"{measured.learning_rate:g}" + ("" if measured.bracketed else " (at the edge)"),
+            f"{measured.mean:.4f}",
             f"{fmean(gaps[arm]):+.4f}",
             " ".join(f"{gap:+.4f}" for gap in gaps[arm]),
         ]
-        for arm, each in arms.items()
+        for arm, measured in arms.items()
     ]
     head = ["arm", "rank", "parameters", "best rate", "loss, mean", "beside the seed's mean", "by seed"]
     return Panel(title, reading, svg(name, title, (8, 3.4), draw), Table(head, rows))
@@ -66,17 +66,17 @@ def rates_panel(name: str, arms: Mapping[str, Arm], unit: str) -> Panel:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for number, ((arm, each), style) in enumerate(zip(arms.items(), cycle(("-", "--")), strict=False)):
-            rates, losses = list(each.tried), list(each.tried.values())
+        for number, ((arm, measured), style) in enumerate(zip(arms.items(), cycle(("-", "--")), strict=False)):
+            rates, losses = list(measured.tried), list(measured.tried.values())
             axes.plot(rates, losses, style, marker="o", markersize=4, color=series(number), label=arm)
         axes.set_xscale("log", base=2)
-        ticks = sorted({rate for each in arms.values() for rate in each.tried})
+        ticks = sorted({rate for measured in arms.values() for rate in measured.tried})
         axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         axes.set(xlabel="peak learning rate", ylabel=f"held-out loss ({unit})")
         axes.grid(linewidth=0.6)
         axes.legend(ncols=2)
 
-    edge = [arm for arm, each in arms.items() if not each.bracketed]
+    edge = [arm for arm, measured in arms.items() if not measured.bracketed]
     reading = "The first seed. " + (
         f"Not bracketed from both sides: {', '.join(edge)}."
         if edge
@@ -91,15 +91,19 @@ def _reached(kind: str, search: Dimension) -> str:
     return f"{kind} d₉₀ {'at most' if search.d90 == min(search.tried) else '='} {search.d90:,}"
 
 
-def intrinsic_panel(found: IntrinsicDimension, unit: str) -> Panel:
+def intrinsic_panel(outcome: IntrinsicDimension, unit: str) -> Panel:
     """Best loss against the dimension of the random subspace."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for number, (kind, search) in enumerate(found.searches.items()):
+        for number, (kind, search) in enumerate(outcome.searches.items()):
             losses = [tuned.loss for tuned in search.tried.values()]
             axes.plot(list(search.tried), losses, marker="o", color=series(number), label=kind, linewidth=2)
-        levels = {"pretrained": found.pretrained, f"goal: {SHARE:.0%}": found.goal, "all weights": found.full.loss}
+        levels = {
+            "pretrained": outcome.pretrained,
+            f"goal: {SHARE:.0%}": outcome.goal,
+            "all weights": outcome.full.loss,
+        }
         for label, loss in levels.items():
             axes.axhline(loss, color=INK, linewidth=0.9, linestyle=":", alpha=0.7)
             axes.annotate(label, (1.01, loss), xycoords=("axes fraction", "data"), va="center")
@@ -108,13 +112,13 @@ def intrinsic_panel(found: IntrinsicDimension, unit: str) -> Panel:
         axes.grid(linewidth=0.6)
         axes.legend(loc="lower left")
 
-    reached = ", ".join(_reached(kind, search) for kind, search in found.searches.items())
-    reading = f"{reached}, of {found.weights:,} weights."
-    if not found.full.bracketed:
+    reached = ", ".join(_reached(kind, search) for kind, search in outcome.searches.items())
+    reading = f"{reached}, of {outcome.weights:,} weights."
+    if not outcome.full.bracketed:
         reading += " The rate for training all weights is at the edge of what was tried: the goal may be too easy."
     rows = [
         [kind, f"{dimension:,}", f"{tuned.rate:g}" + ("" if tuned.bracketed else " (at the edge)"), f"{tuned.loss:.4f}"]
-        for kind, search in found.searches.items()
+        for kind, search in outcome.searches.items()
         for dimension, tuned in search.tried.items()
     ]
     table = Table(["projection", "dimension", "best rate", "held-out loss"], rows)

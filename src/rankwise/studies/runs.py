@@ -121,22 +121,22 @@ class Runs:
 
 def _on_disk(recipe: Recipe) -> dict[str, str]:
     """What the recipe's paths hold now: a file's content, a model directory's files with size and time."""
-    found = {}
+    contents = {}
     for field in ("model", "data", "eval_data"):
         path = Path(getattr(recipe, field) or "")
         if path.is_file():
-            found[f"{field} is"] = sha256(path)
+            contents[f"{field} is"] = sha256(path)
         elif getattr(recipe, field) and path.is_dir():
-            files = sorted(each for each in path.rglob("*") if each.is_file())
-            found[f"{field} is"] = " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
-    return found
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            contents[f"{field} is"] = " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
+    return contents
 
 
 def _read(path: Path) -> Trained:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        adapter = found["adapter"] and path.parent / found["adapter"]
-        return Trained(float(found["loss"]), int(found["parameters"]), float(found["seconds"]), adapter or None)
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        adapter = outcome["adapter"] and path.parent / outcome["adapter"]
+        return Trained(float(outcome["loss"]), int(outcome["parameters"]), float(outcome["seconds"]), adapter or None)
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenFile(
             f"{path}: expected a run's outcome, found: {error!r}; delete its directory to run it anew"

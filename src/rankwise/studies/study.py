@@ -102,9 +102,9 @@ def _rank_arms(request: Request) -> dict[str, Any]:
 def _subspace(request: Request) -> Outcome:
     if request.seeds < 2:
         raise RecipeError(f"study subspace: compares two seeds: expected seeds of 2 or more, found {request.seeds}")
-    found = subspace(request.recipe, _rank_arms(request), request.runs)
-    panels = [report_figures.similarity(name, getattr(found, name)) for name in ("ranks", "seeds")]
-    return Outcome(asdict(found), panels)
+    outcome = subspace(request.recipe, _rank_arms(request), request.runs)
+    panels = [report_figures.similarity(name, getattr(outcome, name)) for name in ("ranks", "seeds")]
+    return Outcome(asdict(outcome), panels)
 
 
 def _amplification(request: Request) -> Outcome:
@@ -116,9 +116,9 @@ def _amplification(request: Request) -> Outcome:
         panels.append(Panel(f"Rank {rank}: {panel.title}", panel.reading, table=panel.table))
         results[rank] = {
             module: [
-                asdict(each) | {"factor": each.factor}
-                for each in (report_figures.against_base(site).amplification for site in members)
-                if each is not None
+                asdict(amplification) | {"factor": amplification.factor}
+                for amplification in (report_figures.against_base(site).amplification for site in members)
+                if amplification is not None
             ]
             for module, members in by_module(sites)
         }
@@ -128,8 +128,8 @@ def _amplification(request: Request) -> Outcome:
 def _intrinsic_dimension(request: Request) -> Outcome:
     if request.recipe.quantization != "none":
         raise RecipeError("study intrinsic-dimension: trains the weights themselves: expected quantization: none")
-    found = intrinsic_dimension(request.recipe, len(request.loaded.sites), request.runs)
-    return Outcome(asdict(found), [figures.intrinsic_panel(found, request.unit)])
+    outcome = intrinsic_dimension(request.recipe, len(request.loaded.sites), request.runs)
+    return Outcome(asdict(outcome), [figures.intrinsic_panel(outcome, request.unit)])
 
 
 _LORA, _INTRINSIC = "arXiv 2106.09685, section 7", "arXiv 2012.13255"

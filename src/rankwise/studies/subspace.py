@@ -32,7 +32,7 @@ def subspace(recipe: Recipe, arms: dict[str, Arm], runs: Runs) -> SubspaceStudy:
         return f"rank {rank}, seed {seed}", recipe.model_copy(update=changes)
 
     def compared(one: tuple[str, Recipe], two: tuple[str, Recipe]) -> Similarity:
-        outcomes = [runs.adapter(each).adapter for _, each in (one, two)]
+        outcomes = [runs.adapter(arm).adapter for _, arm in (one, two)]
         first, second = (read_adapter(path) for path in outcomes if path is not None)
         return similarity(one[0], first, two[0], second)
 

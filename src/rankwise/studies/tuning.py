@@ -37,22 +37,22 @@ def tune(loss: Callable[[float], float], start: float, *, factor: float = 2.0, m
     >>> tuned.rate, tuned.bracketed, len(tuned.tried)
     (0.004, True, 5)
     """
-    found: dict[int, float] = {}
+    losses: dict[int, float] = {}
 
     def attempt(step: int) -> None:
-        if step not in found and len(found) < most:
+        if step not in losses and len(losses) < most:
             try:
-                found[step] = loss(start * factor**step)
+                losses[step] = loss(start * factor**step)
             except TrainingError:
-                found[step] = float("inf")
+                losses[step] = float("inf")
 
     best = 0
     while True:
-        before = len(found)
+        before = len(losses)
         for step in (best, best - 1, best + 1):
             attempt(step)
-        best = min(found, key=lambda step: found[step])
-        if {best - 1, best + 1} <= found.keys() or len(found) == before:
+        best = min(losses, key=lambda step: losses[step])
+        if {best - 1, best + 1} <= losses.keys() or len(losses) == before:
             break
-    tried = {start * factor**step: found[step] for step in sorted(found)}
-    return Tuned(start * factor**best, found[best], tried, {best - 1, best + 1} <= found.keys())
+    tried = {start * factor**step: losses[step] for step in sorted(losses)}
+    return Tuned(start * factor**best, losses[best], tried, {best - 1, best + 1} <= losses.keys())

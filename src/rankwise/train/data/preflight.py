@@ -48,10 +48,10 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         # TRL knows marked versions of the common families' templates and puts them in.
         get_training_chat_template(tokenizer)
     except (ValueError, TypeError) as error:
-        found = "none" if template is None else "one without"
+        present = "none" if template is None else "one without"
         raise DataError(
             "messages: expected a chat template whose {% generation %} marks say which tokens the assistant wrote, "
-            f"found {found} ({error}). Add the marks to the tokenizer's chat_template, or bring the data into the "
+            f"found {present} ({error}). Add the marks to the tokenizer's chat_template, or bring the data into the "
             "prompt/completion form."
         ) from None
 

@@ -47,17 +47,17 @@ def load_records(source: str | Path, *, data_format: str = "auto", held_out: boo
     name = None if data_format == "auto" else data_format
     records: list[Record] = []
     first = ""
-    for where, record in _read(source, held_out):
-        first = first or where
-        found = detect(record, where) if data_format == "auto" else data_format
-        name = name or found
-        if found != name:
+    for place, record in _read(source, held_out):
+        first = first or place
+        form = detect(record, place) if data_format == "auto" else data_format
+        name = name or form
+        if form != name:
             raise DataError(
-                f"{where}: expected the {name} form, as in {first}, found the {found} form (fields: "
+                f"{place}: expected the {name} form, as in {first}, found the {form} form (fields: "
                 f"{fields_of(record)}). One file holds one form: split it, or bring its records into one."
             )
-        records.append(normalised(name, record, where))
-        same_types(records[0], records[-1], first, where)
+        records.append(normalised(name, record, place))
+        same_types(records[0], records[-1], first, place)
     if name is None or not records:
         raise DataError(f"{source}: expected at least one record, found none: the file is empty.")
     return name, records
@@ -90,32 +90,32 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():  # an empty line holds no record; the numbers count it
-                where = f"{path}, line {number}"
-                yield where, _parse(line, where)
+                place = f"{path}, line {number}"
+                yield place, _parse(line, place)
 
 
-def _parse(line: bytes, where: str) -> Record:
+def _parse(line: bytes, place: str) -> Record:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where}: expected UTF-8, found the byte {line[error.start]:#04x}. Re-encode the file."
+            f"{place}: expected UTF-8, found the byte {line[error.start]:#04x}. Re-encode the file."
         ) from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{where}: expected one JSON object, found {shortened(line.decode())}: {error.msg} at column {error.colno}."
+            f"{place}: expected one JSON object, found {shortened(line.decode())}: {error.msg} at column {error.colno}."
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: expected one JSON object of ordinary size, found {shortened(line.decode())}: {error}"
+            f"{place}: expected one JSON object of ordinary size, found {shortened(line.decode())}: {error}"
         ) from None
     if not isinstance(record, dict):
-        raise wrong_type(where, "a JSON object with named fields", record)
+        raise wrong_type(place, "a JSON object with named fields", record)
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: expected text, found half of a surrogate pair ({error}); re-encode the file"
+            f"{place}: expected text, found half of a surrogate pair ({error}); re-encode the file"
         ) from None
     return record
 

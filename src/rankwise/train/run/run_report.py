@@ -69,9 +69,9 @@ def _notes(recipe: Recipe, first: Adapter, last: Adapter) -> list[str]:
 
 
 def _headline(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, str]:
-    found = {"trained parameters": f"{metrics['trainable_parameters']:,}", "steps": str(metrics["steps"])}
+    figures = {"trained parameters": f"{metrics['trainable_parameters']:,}", "steps": str(metrics["steps"])}
     if metrics["eval_loss_before"] is not None:
-        found["held-out loss"] = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
+        figures["held-out loss"] = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
     if "accuracy_after" in metrics:
-        found["held-out accuracy"] = f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}"
-    return found | {"learning rate": f"{recipe.learning_rate:g}", "seed": str(recipe.seed)}
+        figures["held-out accuracy"] = f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}"
+    return figures | {"learning rate": f"{recipe.learning_rate:g}", "seed": str(recipe.seed)}

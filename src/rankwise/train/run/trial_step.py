@@ -113,13 +113,13 @@ def _idle(model: PreTrainedModel) -> list[str]:
     adapted = Adapted.of(model)
     idle, layers = [], adapted.adapter_layers(adapted.adapter_name(None))
     for name, layer in layers.items():
-        found = [tensor.grad for tensor in layer.parameters() if tensor.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in found):
+        gradients = [tensor.grad for tensor in layer.parameters() if tensor.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise TrainingError(
                 f"{name}: expected finite gradients of the first batch, found NaN or infinity, before any step. "
                 "Nothing was trained: try dtype: float32, or another init"
             )
-        if not any(bool(gradient.any()) for gradient in found):
+        if not any(bool(gradient.any()) for gradient in gradients):
             idle.append(name)
     if len(idle) == len(layers):
         raise NoGradient(

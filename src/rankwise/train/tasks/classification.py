@@ -117,11 +117,11 @@ class Classification(Task):
         save_labels(adapter, [names[index] for index in range(len(names))])
 
 
-def _check_form(found: str) -> None:
-    if found != "classification":
+def _check_form(data_format: str) -> None:
+    if data_format != "classification":
         raise DataError(
-            f"the recipe's task is classification: expected data with the fields text and label, found the {found} "
-            "form. Rename its fields, or set task: causal-lm."
+            f"the recipe's task is classification: expected data with the fields text and label, found the "
+            f"{data_format} form. Rename its fields, or set task: causal-lm."
         )
 
 

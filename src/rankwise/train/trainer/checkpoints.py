@@ -38,8 +38,8 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """Every ``checkpoint-N`` directory of a run, sound or not, the newest first."""
-    found = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir()]
-    return sorted((path for path in found if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)[::-1]
+    directories = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir()]
+    return sorted((path for path in directories if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)[::-1]
 
 
 def begin(run_dir: str | Path, step: int) -> Path:
@@ -143,11 +143,11 @@ def keep_newest(run_dir: str | Path, limit: int) -> None:
         shutil.rmtree(removed)
 
 
-def set_aside(run_dir: str | Path, found: list[Path]) -> Path:
+def set_aside(run_dir: str | Path, later: list[Path]) -> Path:
     """Move checkpoints out of the way into a new ``earlier-N/``; nothing of them is lost. Returns where."""
     folder = next(path for number in count(1) if not (path := Path(run_dir) / f"{EARLIER}-{number}").exists())
     folder.mkdir()
-    for checkpoint in found:
+    for checkpoint in later:
         checkpoint.rename(folder / checkpoint.name)
     flush_directory(folder)
     return folder
@@ -192,6 +192,6 @@ def _check_file(folder: Path, name: str, expected: Mapping[str, Any]) -> None:
     size = path.stat().st_size
     if size != expected["size"]:
         raise BrokenFile(f"{path}: expected {expected['size']} bytes, found {size}: it was cut or overwritten")
-    found = _sha256(path)
-    if found != expected["sha256"]:
-        raise BrokenFile(f"{path}: expected SHA-256 {expected['sha256']}, found {found}: its content was changed")
+    digest = _sha256(path)
+    if digest != expected["sha256"]:
+        raise BrokenFile(f"{path}: expected SHA-256 {expected['sha256']}, found {digest}: its content was changed")

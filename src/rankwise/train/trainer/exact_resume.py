@@ -36,7 +36,7 @@ def facts(recipe: Recipe, data: Dataset, base: str, *, processes: int, device: s
         base: the :func:`base_digest` of the model.
     """
     fields = {name: value for name, value in recipe.model_dump(mode="json").items() if name not in _MAY_CHANGE}
-    found = {
+    compared = {
         "recipe": fields,
         "training data": f"{len(data)} samples, SHA-256 {fingerprint(data)}",
         "base weights": f"SHA-256 {base}",
@@ -44,7 +44,7 @@ def facts(recipe: Recipe, data: Dataset, base: str, *, processes: int, device: s
         "device": device,
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+    plain: dict[str, Any] = json.loads(json.dumps(compared))
     return plain
 
 

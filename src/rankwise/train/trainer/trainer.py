@@ -210,11 +210,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         numbers = self.train_dataset[ROW] if ROW in self.train_dataset.column_names else None
         return [row + 1 if numbers is None else numbers[row] for row in rows]
 
-    def _not_finite(self, what: str, found: Any, samples: list[int]) -> str:
+    def _not_finite(self, what: str, value: Any, samples: list[int]) -> str:
         shown = ", ".join(map(str, sorted(samples)[:_SHOWN_SAMPLES]))
         more = "" if len(samples) <= _SHOWN_SAMPLES else f" and {len(samples) - _SHOWN_SAMPLES} more"
         return (
-            f"step {self.state.global_step + 1}: expected a finite {what}, found {float(found)}, on the training "
+            f"step {self.state.global_step + 1}: expected a finite {what}, found {float(value)}, on the training "
             f"samples {shown}{more} (counted from 1). The adapter was not updated with it. {self._last_good()} "
             f"{self._calmer()}"
         )
