@@ -120,7 +120,6 @@ def test_evaluations_change_nothing(make, tmp_path):
     assert same(often.adapter, never.adapter)
 
 
-@pytest.mark.draws
 def test_a_run_killed_after_its_last_step_is_finished(make, tmp_path):
     whole = run.train(make(), SILENT)
     kept = weights(whole.adapter)
@@ -150,16 +149,17 @@ def test_a_cut_newest_checkpoint_is_named_and_the_one_before_taken(make, tmp_pat
     assert moved.read_bytes() == content  # never deleted
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rankwise_state.safetensors"])
-def test_a_missing_file_is_named(make, tmp_path, name):
-    if not (tmp_path / "run").exists():
-        run.train(make(max_steps=2), SILENT)
+def test_a_missing_file_is_named(make, tmp_path):
+    run.train(make(max_steps=2), SILENT)
     checkpoint = tmp_path / "run" / "checkpoint-2"
-    (checkpoint / name).unlink()
-    with pytest.raises(BrokenFile, match=rf"checkpoint-2: cannot resume exactly, {re.escape(name)} not found there"):
-        run.prepare(run.load(make(max_steps=2, resume_from_checkpoint=str(checkpoint)), SILENT), SILENT)
-    with pytest.raises(CheckpointError, match=rf"found 1, all broken: .*{re.escape(name)} not found there"):
-        run.prepare(run.load(make(max_steps=2, resume_from_checkpoint=True), SILENT), SILENT)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rankwise_state.safetensors"):
+        (checkpoint / name).rename(tmp_path / name)
+        named = rf"checkpoint-2: cannot resume exactly, {re.escape(name)} not found there"
+        with pytest.raises(BrokenFile, match=named):
+            run.prepare(run.load(make(max_steps=2, resume_from_checkpoint=str(checkpoint)), SILENT), SILENT)
+        with pytest.raises(CheckpointError, match=rf"found 1, all broken: .*{re.escape(name)} not found there"):
+            run.prepare(run.load(make(max_steps=2, resume_from_checkpoint=True), SILENT), SILENT)
+        (tmp_path / name).rename(checkpoint / name)
 
 
 def test_what_would_change_the_steps_is_refused_line_by_line(make, tmp_path):

@@ -205,11 +205,12 @@ def test_names_are_text_and_no_formulas(trained):
     sites = measure(adapter, base)
     odd = "a $x^ & <b> $ _"
     found = similarities({odd: adapter, "other $": adapter})
-    text = render(
-        Report(odd, [AdapterPart(odd, {odd: odd}, sites)], similarities=found, runs={odd: [{"step": 1, "loss": 1.0}]})
-    )
+    parts = [AdapterPart(name, {odd: odd}, sites) for name in (odd, "other $")]
+    runs = {name: [{"step": 1, "loss": 1.0}, {"step": 1, "eval_loss": 0.9}] for name in (odd, "other $")}
+    text = render(Report(odd, parts, similarities=found, runs=runs))
     assert "a $x^ &amp; &lt;b&gt; $ _" in text
     assert "<b>" not in text
+    assert "other $: held out, 0.900 at the end" in text
 
 
 def test_what_is_infinite_is_no_number_in_json(trained, tmp_path):
