@@ -51,7 +51,7 @@ class Corda(Init):
 
 
 def damped_inverse(
-    covariance: Float[Tensor, "in in"], where: str
+    covariance: Float[Tensor, "in in"], site_name: str
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "in in"]]:
     """C/mean(diag C) + d·1 and its inverse, with the least d of 0.01, 0.02, 0.04 … for which ‖C C⁻¹ − 1‖_F < 0.05.
 
@@ -60,7 +60,9 @@ def damped_inverse(
     """
     mean = covariance.diagonal().mean()
     if not mean > 0:
-        raise EvidenceError(f"{where}: its inputs are all zero; expected a layer that sees data, look at the batches")
+        raise EvidenceError(
+            f"{site_name}: its inputs are all zero; expected a layer that sees data, look at the batches"
+        )
     scaled = covariance / mean
     identity = torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
     damping = 0.01

@@ -49,10 +49,10 @@ class Eva(Init):
 
     def _offer(self, site: Site, evidence: ActivationEvidence) -> list[float]:
         """The shares of the at most ρ·r directions that a site offers, the largest first."""
-        wanted, found = self.evidence_rank(site), len(evidence.explained)
-        if found < wanted:
+        wanted, offered = self.evidence_rank(site), len(evidence.explained)
+        if offered < wanted:
             raise EvidenceError(
-                f"{site.name}: init 'eva' chooses from ρ·r = {wanted} input directions, the evidence has {found}; "
+                f"{site.name}: init 'eva' chooses from ρ·r = {wanted} input directions, the evidence has {offered}; "
                 f"collect it with rankwise.activations(..., rank={wanted})"
             )
         return [float(share) for share in evidence.explained[:wanted]]

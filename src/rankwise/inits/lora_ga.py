@@ -122,8 +122,8 @@ def _alike(sites: Sequence[Site], evidence: Mapping[str, GradientEvidence]) -> I
     """Groups of sites of one shape and rank. On a CPU each is alone: one gradient fits its cache, several do not."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
-        found = evidence[site.name]
-        accelerated = isinstance(found, ExactEvidence) and found.matrix.device.type != "cpu"
+        gradient = evidence[site.name]
+        accelerated = isinstance(gradient, ExactEvidence) and gradient.matrix.device.type != "cpu"
         groups.setdefault((site.shape, site.rank) if accelerated else (site.name,), []).append(site)
     for group in groups.values():
         size = max(_TOGETHER // math.prod(group[0].shape), 1)
@@ -140,16 +140,16 @@ Evidence = Sequence[GradientEvidence]  # of several sites of one shape and rank
 
 def _for_sgd(evidence: Evidence, sites: Sequence[Site], splits: Sequence[Split]) -> list[UnitPair]:
     pairs = []
-    for each, site, split in zip(evidence, sites, splits, strict=True):
-        A, B = _take(each.svd(2 * site.rank), split)
+    for gradient, site, split in zip(evidence, sites, splits, strict=True):
+        A, B = _take(gradient.svd(2 * site.rank), split)
         pairs.append(UnitPair(A, B, 1.0 / site.scale, {}))
     return pairs
 
 
 def _for_sign(evidence: Evidence, sites: Sequence[Site], splits: Sequence[Split]) -> list[UnitPair]:
     pairs = []
-    for each, site, split in zip(evidence, sites, splits, strict=True):
-        G = _exact(each, site)
+    for gradient, site, split in zip(evidence, sites, splits, strict=True):
+        G = _exact(gradient, site)
         A, B = _sign_directions(G, site, split)
         before, full_size = compare_with_adam(A[None], B[None], G[None])
         pairs.append(UnitPair(A, B, float(full_size) / site.scale, {"adam_cosine": float(before)}))
@@ -157,24 +157,24 @@ def _for_sign(evidence: Evidence, sites: Sequence[Site], splits: Sequence[Split]
 
 
 def _for_adam(evidence: Evidence, sites: Sequence[Site], splits: Sequence[Split]) -> list[UnitPair]:
-    G = torch.stack([_exact(each, site) for each, site in zip(evidence, sites, strict=True)])
+    G = torch.stack([_exact(gradient, site) for gradient, site in zip(evidence, sites, strict=True)])
     starts = [
-        [_take(each.svd(2 * site.rank), split), _sign_directions(gradient, site, split)]
-        for each, gradient, site, split in zip(evidence, G, sites, splits, strict=True)
+        [_take(gradient.svd(2 * site.rank), split), _sign_directions(matrix, site, split)]
+        for gradient, matrix, site, split in zip(evidence, G, sites, splits, strict=True)
     ]
     candidates_A, candidates_B = (torch.stack([torch.stack([s[i] for s in both]) for both in starts]) for i in (0, 1))
-    found = align_with_adam(candidates_A, candidates_B, G)
+    aligned = align_with_adam(candidates_A, candidates_B, G)
     # Only the ratio of A's size to B's matters to the cosine: give the two together the size of 2r unit vectors.
-    sizes = found.A.square().sum((1, 2)) + found.B.square().sum((1, 2))
+    sizes = aligned.A.square().sum((1, 2)) + aligned.B.square().sum((1, 2))
     units = (2 * sites[0].rank / sizes).sqrt()[:, None, None]
-    A, B = units * found.A, units * found.B
+    A, B = units * aligned.A, units * aligned.B
     _, full_sizes = compare_with_adam(A, B, G)
     return [
         UnitPair(
             A[i],
             B[i],
             float(full_sizes[i]) / site.scale,
-            {"adam_cosine_at_start": float(found.before[i]), "adam_cosine": float(found.after[i])},
+            {"adam_cosine_at_start": float(aligned.before[i]), "adam_cosine": float(aligned.after[i])},
         )
         for i, site in enumerate(sites)
     ]

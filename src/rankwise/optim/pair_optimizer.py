@@ -103,11 +103,11 @@ class PairOptimizer(torch.optim.Optimizer):
         """
         if others_lr is not None:
             check_number("others_lr", others_lr, above_zero=True)
-        own = pairs(model)
-        paired = {id(p) for pair in own for p in pair.parameters}
+        active = pairs(model)
+        paired = {id(p) for pair in active for p in pair.parameters}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
         rate = {} if others_lr is None else {"lr": others_lr}
-        return cls(own, lr=lr, others=[{"params": rest, **rate}] if rest else [], **options)
+        return cls(active, lr=lr, others=[{"params": rest, **rate}] if rest else [], **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -175,8 +175,8 @@ class RankAllocator(TrainingHook):
 
 def adalora_layers(model: nn.Module) -> list[AdaLoraLayer]:
     """The AdaLoRA layers that are being trained, in the model's order."""
-    found = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
-    return [layer for layer in found if layer.lora_E.requires_grad]
+    layers = [module for module in model.modules() if isinstance(module, AdaLoraLayer)]
+    return [layer for layer in layers if layer.lora_E.requires_grad]
 
 
 def most_important(scores: Float[Tensor, " n"], budget: int) -> Bool[Tensor, " n"]:
