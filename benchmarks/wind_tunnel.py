@@ -20,7 +20,7 @@ import random
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rankwise as rw
-from rankwise.optim import loft, lora_muon, polora, scaled_adam, spectral
+from rankwise.methods import resolve
+from rankwise.optim import OPTIMIZERS
+from rankwise.optim.spectral import Spectral
 
 RESULTS = Path(__file__).parent / "results" / "wind_tunnel.json"
 BUILD = Path(__file__).parents[1] / "build"
@@ -102,7 +104,7 @@ def as_bytes(texts: Iterable[str]) -> Tensor:
 
 
 def bible() -> Tensor:
-    from rankwise.train.kjv import kjv_records
+    from rankwise.train.data.kjv import kjv_records
 
     verses = (record["prompt"].split("\n\n")[1] for record in kjv_records(held_out=False))
     return as_bytes(verses)
@@ -147,31 +149,6 @@ def pretrained(steps: int = 700, rate: float = 4e-3) -> ByteModel:
 Build = Callable[[nn.Module, float], torch.optim.Optimizer]
 
 
-class PairSteps(torch.optim.Optimizer):
-    """Moves pairs by a direction function; those of equal shape and scale together."""
-
-    def __init__(self, pairs: list[rw.Pair], lr: float, direction: Callable[..., Any], units: dict[str, float]) -> None:
-        super().__init__([p for pair in pairs for p in pair.parameters], {"lr": lr})
-        self.direction, self.batches = direction, {}
-        for pair in pairs:
-            self.batches.setdefault((pair.A.shape, pair.B.shape, pair.scale), []).append(pair)
-        self.units = {key: torch.tensor([units[p.name] for p in batch]) for key, batch in self.batches.items()}
-        self.states: dict[Any, dict[str, Any]] = {key: {} for key in self.batches}
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for key, batch in self.batches.items():
-            stacked = (
-                torch.stack(tensors)
-                for tensors in zip(*((p.A, p.B, *(t.grad for t in p.parameters)) for p in batch), strict=True)
-            )
-            A, B, grad_A, grad_B = stacked
-            steps = self.direction(A, B, grad_A, grad_B, batch[0].scale, self.states[key])
-            for pair, unit, dA, dB in zip(batch, self.units[key], *steps, strict=True):
-                for parameter, move in zip(pair.parameters, (dA, dB), strict=True):
-                    parameter.sub_(self.param_groups[0]["lr"] * unit * move)
-
-
 def linear_weights(model: nn.Module) -> list[Tensor]:
     """What "all-linear" adapts: full fine-tuning trains the same, unless it is said to train everything."""
     return [model.get_submodule(site.name).weight for site in rw.plan(model, rw.LoRA(rank=1))]
@@ -195,27 +172,34 @@ def adamw(ratio: float = 1.0, betas: tuple[float, float] = (0.9, 0.999)) -> Buil
     )
 
 
-def lora_pro(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    return rw.optim.LoraPro(rw.pairs(model), rate, form="adamw")
-
-
-def by_direction(direction: Callable[..., Any], unit: str = "absolute") -> Build:
-    def build(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        pairs = rw.pairs(model)
-        weights = {pair.name: model.get_submodule(pair.name).weight.detach().float() for pair in pairs}
-        return PairSteps(pairs, rate, direction, {name: UNITS[unit](weight) for name, weight in weights.items()})
-
-    return build
+def from_table(name: str) -> Build:
+    """An optimizer of the library, as a recipe names it."""
+    return lambda model, rate: resolve(OPTIMIZERS, name, "optimizer")(model, rate)
 
 
 # What a rate of 1 is, in the spectral norm of a step in W.
 UNITS: dict[str, Callable[[Tensor], float]] = {
-    "absolute": lambda W: 1.0,
     "norm": lambda W: float(torch.linalg.matrix_norm(W, 2)),
     "rms": lambda W: float(W.norm()) / min(W.shape) ** 0.5,
     "shape": lambda W: (W.shape[0] / W.shape[1]) ** 0.5,
     "elements": lambda W: max(W.shape) ** 0.5,
 }
+
+
+class SpectralInUnits(Spectral):
+    """The spectral step with a rate in units of each weight."""
+
+    def __init__(self, model: nn.Module, lr: float, unit: str) -> None:
+        super().__init__(rw.pairs(model), lr)
+        weights = {pair.name: model.get_submodule(pair.name).weight.detach().float() for pair in self.pairs}
+        self.units = {name: UNITS[unit](weight) for name, weight in weights.items()}
+
+    def options(self, stack: Sequence[rw.Pair]) -> dict[str, Any]:
+        return {**super().options(stack), "unit": torch.tensor([self.units[pair.name] for pair in stack])}
+
+
+def spectral_in(unit: str) -> Build:
+    return lambda model, rate: SpectralInUnits(model, rate, unit)
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------
@@ -252,16 +236,16 @@ METHODS = {
     "rslora": Method(adamw(), 5e-3, {"scaling": "rslora"}, (4, 16)),
     "pissa": Method(adamw(), 2e-3, {"init": "pissa"}),
     "lora-ga": Method(adamw(), 2e-3, LORA_GA),
-    "lora-pro": Method(lora_pro, 1e-3),
-    "scaled-adam": Method(by_direction(scaled_adam.direction), 2e-3),
-    "loft": Method(by_direction(loft.direction), 2e-3),
-    "lora-muon": Method(by_direction(lora_muon.direction), 0.2, ranks=ALL_RANKS),
-    "polora": Method(by_direction(polora.direction), 0.4, ranks=ALL_RANKS),
-    "spectral": Method(by_direction(spectral.direction), 0.1, ranks=ALL_RANKS),
-    **{f"spectral, unit {unit}": Method(by_direction(spectral.direction, unit), 0.1) for unit in ("shape", "rms")},
-    "spectral, unit norm": Method(by_direction(spectral.direction, "norm"), 0.05),
-    "spectral, unit elements": Method(by_direction(spectral.direction, "elements"), 0.015),
-    "spectral from lora-ga": Method(by_direction(spectral.direction), 0.1, LORA_GA),
+    "lora-pro": Method(from_table("lora-pro"), 1e-3),
+    "scaled-adam": Method(from_table("scaled-adam"), 2e-3),
+    "loft": Method(from_table("loft"), 2e-3),
+    "lora-muon": Method(from_table("lora-muon"), 0.2, ranks=ALL_RANKS),
+    "polora": Method(from_table("polora"), 0.4, ranks=ALL_RANKS),
+    "spectral": Method(from_table("spectral"), 0.1, ranks=ALL_RANKS),
+    **{f"spectral, unit {unit}": Method(spectral_in(unit), 0.1) for unit in ("shape", "rms")},
+    "spectral, unit norm": Method(spectral_in("norm"), 0.05),
+    "spectral, unit elements": Method(spectral_in("elements"), 0.015),
+    "spectral from lora-ga": Method(from_table("spectral"), 0.1, LORA_GA),
 }
 
 
