@@ -141,11 +141,20 @@ class OptimizerFields(_Section):
     )
 
 
+def _own_learning_rate(fields: Mapping[str, Any]) -> float:
+    """The optimizer's. One that no table has is refused later, whatever its rate."""
+    optimizer: Method = fields["optimizer"]
+    name = optimizer if isinstance(optimizer, str) else optimizer.get("name")
+    return OPTIMIZERS[name if name in OPTIMIZERS else "adamw"].learning_rate
+
+
 class TrainingFields(_Section):
     """Training"""
 
     output_dir: str = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        default_factory=_own_learning_rate, gt=0, description="Peak learning rate; default: the optimizer's own."
+    )
     per_device_train_batch_size: Positive = Field(8, description="Samples a step and device.")
     per_device_eval_batch_size: Positive = Field(8, description="Samples an evaluation step and device.")
     gradient_accumulation_steps: Positive = Field(1, description="Batches added up before an optimizer step.")
@@ -286,6 +295,8 @@ def _problems(error: ValidationError, sources: Mapping[str, str], source: str) -
     """One line a field: where, what was expected, what was found, what to do."""
     by_field: dict[str, list[Any]] = {}
     for item in error.errors(include_url=False):
+        if item["type"] == "default_factory_not_called":  # a default that follows from a field that is at fault
+            continue
         by_field.setdefault(str(item["loc"][0]), []).append(item)
     return [_problem(name, items, sources.get(name, source)) for name, items in by_field.items()]
 
