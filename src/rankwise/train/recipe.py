@@ -214,7 +214,7 @@ class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, Adapt
 def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file, if there is one; the command line's flags win over it."""
     flags = flags or {}
-    values = {} if path is None else _read(path)
+    values = {} if path is None else read_yaml(path, _SHORTEST)
     return parse({**values, **flags}, dict.fromkeys(flags, "command line"), str(path or "command line"))
 
 
@@ -256,7 +256,18 @@ def flag_value(name: str, text: str) -> Any:
         raise RecipeError(f"{flag}: expected a YAML value, found {text!r} ({_first_line(error)}).") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+_SHORTEST = "The shortest recipe has two lines: `model: smollm2-135m` and `data: kjv`."
+
+
+def read_yaml(path: Path, advice: str) -> dict[str, Any]:
+    """A file's mapping.
+
+    Args:
+        advice: what such a file looks like, for whoever wrote another.
+
+    Raises:
+        RecipeError: it cannot be read, or is no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -266,10 +277,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: expected YAML, found: {error}") from None
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"{path}: expected `field: value` lines, found {_describe(values)}. "
-            "The shortest recipe has two lines: `model: smollm2-135m` and `data: kjv`."
-        )
+        raise RecipeError(f"{path}: expected `field: value` lines, found {_describe(values)}. {advice}")
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -51,8 +52,9 @@ def tune(loss: Callable[[float], float], start: float, *, factor: float = 2.0, m
         before = len(losses)
         for step in (best, best - 1, best + 1):
             attempt(step)
-        best = min(losses, key=lambda step: losses[step])
+        best = min(losses, key=lambda step: (losses[step], step))  # where all diverge, on downwards
         if {best - 1, best + 1} <= losses.keys() or len(losses) == before:
             break
     tried = {start * factor**step: losses[step] for step in sorted(losses)}
-    return Tuned(start * factor**best, losses[best], tried, {best - 1, best + 1} <= losses.keys())
+    bracketed = {best - 1, best + 1} <= losses.keys() and math.isfinite(losses[best])
+    return Tuned(start * factor**best, losses[best], tried, bracketed)
