@@ -25,8 +25,11 @@ FIELDS = (
     *("optim", "adam_beta1", "adam_beta2"),
 )
 
-PLAIN: Changes = {"init": "kaiming", "scaling": "lora", "variant": "lora", "optimizer": "adamw"}
-LORA_GA: Changes = PLAIN | {"init": "lora-ga", "scaling": "rslora"}  # the scale that its stable start is made for
+PLAIN: dict[str, Any] = {"init": "kaiming", "scaling": "lora", "variant": "lora", "optimizer": "adamw"}
+LORA_GA: dict[str, Any] = PLAIN | {
+    "init": "lora-ga",
+    "scaling": "rslora",
+}  # the scale that its stable start is made for
 
 # Best rates measured on SmolLM2-135M in runs of 24 to 120 steps; the search goes on from them, whatever the task.
 FIRST_RATES = {
@@ -105,8 +108,6 @@ def arms_of(recipe: Recipe, changes: Mapping[str, Changes], source: str) -> list
 
 
 def _arm(recipe: Recipe, name: str, changes: Changes, source: str) -> Arm:
-    if not isinstance(changes, Mapping):
-        raise RecipeError(f"{source}: expected `field: value` lines, {{}} for none, found {changes!r}")
     full = changes.get("full")
     if full is None:
         _check_known(changes, FIELDS, source)
@@ -118,7 +119,8 @@ def _arm(recipe: Recipe, name: str, changes: Changes, source: str) -> Arm:
         )
     _check_known(changes, ("full", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type"), source)
     others = {field: value for field, value in changes.items() if field != "full"}
-    return Arm(name, _changed(recipe, PLAIN | {"learning_rate": FULL[full].learning_rate} | others, source), full)
+    plain = {**PLAIN, "learning_rate": FULL[full].learning_rate, **others}
+    return Arm(name, _changed(recipe, plain, source), full)
 
 
 def _check_known(changes: Iterable[str], known: Iterable[str], source: str) -> None:
@@ -158,4 +160,8 @@ def read_arms(recipe: Recipe, path: Path) -> list[Arm]:
     Raises:
         RecipeError: it cannot be read, or an arm cannot be.
     """
-    return arms_of(recipe, recipes.read_yaml(path, "An arm is a line such as `DoRA: {variant: dora}`."), str(path))
+    table = recipes.read_yaml(path, "An arm is a line such as `DoRA: {variant: dora}`.")
+    for name, changes in table.items():
+        if not isinstance(changes, Mapping):
+            raise RecipeError(f"{path}: arm {name!r}: expected `field: value` lines, {{}} for none, found {changes!r}")
+    return arms_of(recipe, table, str(path))

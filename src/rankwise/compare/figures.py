@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import cycle, product
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -17,14 +17,13 @@ from rankwise.report.drawing import plain, series, svg
 from rankwise.report.figures import Panel, Table
 from rankwise.report.history import points
 
-# Six colours in each style, so that as many arms as a preset has look different.
-STYLES = ("-", "--", ":")
-MARKS = ("o", "s", "^")
+# Line and mark; six colours in each, so that as many arms as a preset has look different.
+STYLES = (("-", "o"), ("--", "s"), (":", "^"))
 
 
-def _looks() -> Iterable[tuple[str, str, str]]:
-    """(colour, line style, mark) of the first arm, the second and so on."""
-    return [(series(number), style, mark) for (style, mark), number in product(zip(STYLES, MARKS), range(6))]
+def _looks() -> Iterator[tuple[str, str, str]]:
+    """(colour, line, mark) of the first arm, the second and so on."""
+    return ((series(number), line, mark) for (line, mark), number in cycle(product(STYLES, range(6))))
 
 
 def panels(outcomes: Sequence[Outcome], rows: Sequence[Row], unit: str) -> list[Panel]:

@@ -162,7 +162,7 @@ def _trained(prepared: Prepared) -> Trial:
     try:
         trainer.train()
         history = _losses(trainer.state.log_history)
-        scores = [_score(trainer.evaluate(part)) for part in (validation, test)]
+        scores = _score(trainer.evaluate(validation)), _score(trainer.evaluate(test))
     finally:
         trainer.release()
     steps = trainer.state.global_step

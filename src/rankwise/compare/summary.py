@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -24,7 +25,8 @@ class Spread:
         numbers = list(values)
         if not numbers:
             return None
-        return cls(fmean(numbers), stdev(numbers) if len(numbers) > 1 else 0.0)
+        mean = fmean(numbers)
+        return cls(mean, stdev(numbers) if len(numbers) > 1 and math.isfinite(mean) else 0.0)
 
 
 @dataclass(frozen=True)
