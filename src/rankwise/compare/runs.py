@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.compare.arms import Arm
 from rankwise.errors import Diverged, RecipeError
-from rankwise.report.history import History
+from rankwise.report.history import History, points
 from rankwise.train.data.dataset import Data
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.run import Prepared
@@ -157,19 +157,21 @@ def _trained(prepared: Prepared) -> Trial:
     args = trainer.args
     args.eval_on_start, args.eval_strategy, args.save_strategy = False, "steps", "no"
     args.eval_steps = prepared.recipe.eval_steps or 0.25
-    trainer.eval_dataset = validation
     trainer.add_callback(clock)
     try:
+        trainer.eval_dataset = validation
         trainer.train()
-        history = _losses(trainer.state.log_history)
-        scores = _score(trainer.evaluate(validation)), _score(trainer.evaluate(test))
+        state = trainer.state
+        if points(state.log_history, "eval_loss")[0][-1:] != [state.global_step]:
+            trainer.evaluate()
+        history = _losses(state.log_history)
+        chosen_by = next(row for row in reversed(state.log_history) if "eval_loss" in row)
+        trainer.eval_dataset = test  # as an argument of `evaluate` TRL would tokenise it again
+        scores = _score(chosen_by), _score(trainer.evaluate())
     finally:
         trainer.release()
-    steps = trainer.state.global_step
-    if not any(row["step"] == steps and "eval_loss" in row for row in history):
-        history.append({"step": steps, "eval_loss": scores[0].loss})
     parameters = sum(p.numel() for p in prepared.model.parameters() if p.requires_grad)
-    return Trial(*scores, parameters, steps, clock.seconds, history=history, machine=machine())
+    return Trial(*scores, parameters, state.global_step, clock.seconds, history=history, machine=machine())
 
 
 def _losses(log: History) -> list[dict[str, Any]]:
@@ -177,7 +179,7 @@ def _losses(log: History) -> list[dict[str, Any]]:
     return [row for row in losses if len(row) > 1]
 
 
-def _score(metrics: Mapping[str, float]) -> Score:
+def _score(metrics: Mapping[str, Any]) -> Score:
     loss = float(metrics["eval_loss"])
     if not math.isfinite(loss):
         raise Diverged(f"expected a finite held-out loss after the last step, found {loss}")
