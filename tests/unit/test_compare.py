@@ -391,7 +391,7 @@ def test_muon_and_adamw_step_as_one_at_rates_of_their_own(recipe):
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most", [0, 1, 13, math.inf])
+@pytest.mark.parametrize("most", [0, 13, math.inf])
 def test_a_page_and_its_numbers_are_written_however_far_it_came(arms, recipe, tmp_path, most):
     outcomes = compare(arms, Counted(most), 2, steps_to_baseline=True)
     page = write_comparison(Comparison(recipe, 2, outcomes, summary(outcomes)), tmp_path)
@@ -413,7 +413,9 @@ def gap(outcomes) -> float:
     return (lora - spectral) / (lora - full)
 
 
-def test_the_table_names_what_diverged_and_shows_accuracy(arms):
+def test_the_table_names_what_diverged_and_shows_accuracy(arms, monkeypatch):
+    monkeypatch.setattr("rankwise.compare.figures.svg", lambda *_: "")
+
     def run(arm: Arm) -> Trial:
         if arm.name == "worse":
             return Trial(Score(math.inf), Score(math.inf))

@@ -126,7 +126,7 @@ def write_comparison(comparison: Comparison, directory: Path) -> Path:
 def results(comparison: Comparison) -> dict[str, Any]:
     """The summary and all runs, as plain data."""
     return {
-        "recipe": _fields(comparison.recipe),
+        "recipe": _shared(comparison.recipe),
         "arms": {each.arm.name: {"full": each.arm.full, **_fields(each.arm.recipe)} for each in comparison.outcomes},
         "seeds": comparison.seeds,
         "summary": [asdict(row) for row in comparison.rows],
@@ -148,6 +148,11 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json", exclude_defaults=True, exclude={"output_dir"})
 
 
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """The recipe but for its rate, as every arm has its own."""
+    return {name: value for name, value in _fields(recipe).items() if name != "learning_rate"}
+
+
 def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("rankwise", "torch", "transformers", "trl")}
 
@@ -164,7 +169,7 @@ def _page(comparison: Comparison) -> str:
             "seeds": str(comparison.seeds),
         },
         sections=[("Results", panels(comparison.outcomes, comparison.rows, unit))],
-        configuration=yaml.safe_dump(_fields(recipe), sort_keys=False).strip(),
+        configuration=yaml.safe_dump(_shared(recipe), sort_keys=False).strip(),
         versions=_versions(),
         notes=[
             "Every arm takes equally many steps on the same samples; held-out samples are validation and test in turn.",
