@@ -125,9 +125,10 @@ def write_comparison(comparison: Comparison, directory: Path) -> Path:
 
 def results(comparison: Comparison) -> dict[str, Any]:
     """The summary and all runs, as plain data."""
+    arms = [outcome.arm for outcome in comparison.outcomes]
     return {
         "recipe": _shared(comparison.recipe),
-        "arms": {each.arm.name: {"full": each.arm.full, **_fields(each.arm.recipe)} for each in comparison.outcomes},
+        "arms": {arm.name: {"full": arm.full, **_fields(arm.recipe)} for arm in arms},
         "seeds": comparison.seeds,
         "summary": [asdict(row) for row in comparison.rows],
         "runs": [

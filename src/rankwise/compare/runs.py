@@ -198,9 +198,9 @@ def check_held_out(data: Data) -> None:
     Raises:
         RecipeError: fewer than two held-out samples.
     """
-    found = 0 if data.eval is None else len(data.eval)
-    if found < 2:
+    samples = 0 if data.eval is None else len(data.eval)
+    if samples < 2:
         raise RecipeError(
             "compare: chooses learning rates on one half of the held-out samples and reports the other: expected two "
-            f"at least, found {found}. Give the recipe eval_data or eval_split"
+            f"at least, found {samples}. Give the recipe eval_data or eval_split"
         )

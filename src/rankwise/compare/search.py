@@ -95,7 +95,7 @@ def compare(arms: Sequence[Arm], run: Run, seeds: int, *, steps_to_baseline: boo
     shortest: list[Shortest | None] = [None for _ in arms]
     if steps_to_baseline:
         baseline = repeats[0].get(arms[0].recipe.seed)
-        shortest[1:] = [shorten(*each, baseline, run) for each in zip(arms[1:], ladders[1:], strict=True)]
+        shortest[1:] = [shorten(arm, ladder, baseline, run) for arm, ladder in zip(arms[1:], ladders[1:], strict=True)]
     return [
         Outcome(arm, ladder, trials, short, _is_complete(ladder, short) and len(trials) == seeds)
         for arm, ladder, trials, short in zip(arms, ladders, repeats, shortest, strict=True)

@@ -63,7 +63,9 @@ def summary(outcomes: Sequence[Outcome]) -> list[Row]:
 
 def _row(outcome: Outcome, baseline: Outcome, full: Outcome | None) -> Row:
     trials = list(outcome.seeds.values())
-    gap = None if full is None else gap_closed(*(_test_losses(each) for each in (outcome, baseline, full)))
+    gap = None
+    if full is not None:
+        gap = gap_closed(_test_losses(outcome), _test_losses(baseline), _test_losses(full))
     steps, seconds = _shares(outcome, baseline)
     return Row(
         outcome.arm.name,
