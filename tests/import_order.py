@@ -24,7 +24,8 @@ LAYERS = (
     ("optim", "analysis"),
     ("report",),
     ("train",),
-    ("studies",),
+    ("trials",),
+    ("studies", "compare"),
     ("cli",),
     ("__main__",),
 )

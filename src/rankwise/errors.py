@@ -21,7 +21,8 @@ RankwiseError
 ├── DataError               training data that cannot be used
 │   └── NoTrainableTokens   every label is masked
 ├── RecipeError             a recipe key or value that is not known
-└── TrainingError           a run that cannot go on (loss or gradient not finite)
+└── TrainingError           a run that cannot go on
+    ├── Diverged            a loss, gradient or weight that is not finite any more
     ├── OutOfMemory         a step did not fit into memory
     ├── RunLocked           another process writes to the run's directory
     └── RunStopped          asked to stop (SIGTERM): saved, and to be resumed
@@ -126,6 +127,10 @@ class RecipeError(RankwiseError, ValueError):
 
 class TrainingError(RankwiseError, RuntimeError):
     """A run that cannot go on."""
+
+
+class Diverged(TrainingError):
+    """A loss, a gradient or a weight is NaN or infinite: a lower learning rate may do."""
 
 
 class OutOfMemory(TrainingError):

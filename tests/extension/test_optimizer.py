@@ -8,8 +8,7 @@ import torch
 from rich.console import Console
 
 from rankwise.errors import RecipeError, SpecError
-from rankwise.methods import Method
-from rankwise.optim import OPTIMIZERS
+from rankwise.optim import OPTIMIZERS, OptimizerMethod
 from rankwise.train.run import run
 
 SILENT = Console(quiet=True)
@@ -18,7 +17,7 @@ SILENT = Console(quiet=True)
 @pytest.fixture(autouse=True)
 def row(monkeypatch):
     place = "extension.methods.sign_descent:SignDescentChoice"
-    monkeypatch.setitem(OPTIMIZERS, "sign", Method(place, "arXiv 1802.04434", "sign descent"))
+    monkeypatch.setitem(OPTIMIZERS, "sign", OptimizerMethod(place, "arXiv 1802.04434", "sign descent", 1e-3))
 
 
 def every_law():

@@ -13,7 +13,7 @@ import torch
 import rankwise as rw
 from rankwise.inits import INITS
 from rankwise.methods import Method, resolve
-from rankwise.optim import OPTIMIZERS
+from rankwise.optim import OPTIMIZERS, OptimizerMethod
 from rankwise.scaling import SCALINGS
 from rankwise.variants import VARIANTS
 
@@ -38,7 +38,7 @@ def test_the_methods_that_contributing_shows_are_methods(tmp_path: Path, monkeyp
             _add_to_module(place.removeprefix("src/").removesuffix(".py").replace("/", "."), code, monkeypatch)
         else:
             table = place.removeprefix("the row in ").partition(",")[0]
-            for name, method in eval(f"{{{code}}}", {"Method": Method}).items():
+            for name, method in eval(f"{{{code}}}", {"Method": Method, "OptimizerMethod": OptimizerMethod}).items():
                 monkeypatch.setitem(tables[table], name, method)
                 added[table] = name
     assert added.keys() == tables.keys()

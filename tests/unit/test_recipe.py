@@ -1,10 +1,13 @@
 """The recipe's schema and what its errors say."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 
 from rankwise.errors import RecipeError
+from rankwise.optim import OPTIMIZERS
+from rankwise.optim.choice import PairChoice
 from rankwise.train import recipe as recipes
 from rankwise.train.recipe import SECTIONS, AdapterFields, Recipe
 
@@ -137,3 +140,23 @@ def test_the_adapter_section_is_the_spec():
     fields = set(AdapterFields.model_fields)
     assert fields == set(rw.LoRA().to_dict())
     assert rw.LoRA.from_dict(Recipe(model="m", data="d").section(AdapterFields)) == rw.LoRA()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_learning_rate_that_is_left_out_is_the_optimizers_own(name):
+    recipe = recipes.parse({"model": "m", "data": "d", "optimizer": {"name": name}})
+    choice = OPTIMIZERS[name].cls
+    assert recipe.learning_rate == OPTIMIZERS[name].learning_rate
+    if issubclass(choice, PairChoice):
+        assert recipe.learning_rate == inspect.signature(choice.optimizer).parameters["lr"].default
+    # It stays with the recipe, and gives way to one that is named.
+    assert recipes.parse(recipe.model_dump(exclude_defaults=True)).learning_rate == recipe.learning_rate
+    assert recipes.parse({"model": "m", "data": "d", "optimizer": name, "learning_rate": 0.5}).learning_rate == 0.5
+
+
+def test_a_field_at_fault_is_named_without_the_rate_that_would_follow_from_it():
+    with pytest.raises(RecipeError) as caught:
+        recipes.parse({"model": "m", "data": "d", "optimizer": 3})
+    assert "learning_rate" not in str(caught.value)
+    with pytest.raises(RecipeError, match="spectral"):
+        recipes.parse({"model": "m", "data": "d", "optimizer": "spectrol"})

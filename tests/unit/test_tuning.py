@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.errors import TrainingError
+from rankwise.errors import Diverged, OutOfMemory
 from rankwise.studies.intrinsic_dimension import bisect
-from rankwise.studies.tuning import Tuned, tune
+from rankwise.trials.tuning import Tuned, tune
 
 
 @given(st.integers(-6, 6))
@@ -26,7 +26,7 @@ def test_a_search_that_is_cut_short_says_so():
 def test_a_rate_that_diverges_is_no_candidate():
     def loss(rate: float) -> float:
         if rate > 1:
-            raise TrainingError("step 3: expected a finite loss, found nan")
+            raise Diverged("step 3: expected a finite loss, found nan")
         return 1 - rate
 
     assert tune(loss, start=1.0).rate == 1.0
@@ -56,3 +56,11 @@ def test_tune_never_asks_twice():
     assert len(asked) == len(set(asked))
     with pytest.raises(ZeroDivisionError):
         tune(lambda rate: 1 / 0, start=1.0)
+
+
+def test_a_run_that_had_no_memory_says_nothing_about_its_rate():
+    def loss(rate: float) -> float:
+        raise OutOfMemory("step 1: out of memory")
+
+    with pytest.raises(OutOfMemory):
+        tune(loss, start=1.0)

@@ -301,6 +301,44 @@ def study(
 
 
 @app.command()
+@recipe_flags
+def compare(
+    recipe: RecipeFile = None,
+    preset: Annotated[str, typer.Option(help="Which methods: best or articles.")] = "best",
+    arms: Annotated[
+        Path | None, typer.Option(help="YAML file of methods instead, a line each: `DoRA: {variant: dora}`.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of every method, from the recipe's on.")] = 3,
+    minutes: Annotated[float | None, typer.Option(help="Start no run after so many.")] = None,
+    steps_to_baseline: Annotated[
+        bool | None,
+        typer.Option(
+            "--steps-to-baseline/--no-steps-to-baseline",
+            help="Look how few steps each takes to the first one's loss. Default: with the preset best.",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for results, page, and runs to go on from.")] = Path("compare"),
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Compare methods with each other and with full fine-tuning, each at its best rate. Stopped, it goes on."""
+    wanted = recipes.load(recipe, overrides)
+    from rankwise.compare import run_comparison, write_comparison
+
+    comparison = run_comparison(
+        wanted,
+        out,
+        console := _console(),
+        preset=preset,
+        arms_file=arms,
+        seeds=seeds,
+        minutes=minutes,
+        steps_to_baseline=steps_to_baseline,
+    )
+    console.print(f"The page is {write_comparison(comparison, out)}", highlight=False)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for the demo's files.")] = Path("rankwise-demo"),
 ) -> None:

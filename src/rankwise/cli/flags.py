@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic_core import PydanticUndefined
 
 from rankwise.train.recipe import SECTIONS, Recipe, flag_value
 
@@ -36,7 +37,7 @@ def _flags() -> dict[str, inspect.Parameter]:
 
 def _flag(name: str, panel: str) -> inspect.Parameter:
     field = Recipe.model_fields[name]
-    default = "" if field.is_required() or field.default in (None, [], {}) else f" Default: {field.default}."
+    default = "" if field.get_default() in (PydanticUndefined, None, [], {}) else f" Default: {field.default}."
     kind, metavar = (bool, None) if field.annotation is bool else (str, _metavar(field.annotation))
     option = typer.Option(help=f"{field.description}{default}", rich_help_panel=panel, metavar=metavar)
     return inspect.Parameter(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.table import Table
 
+from rankwise.methods import Method
 from rankwise.optim import OPTIMIZERS
 from rankwise.spec import METHOD_FIELDS
 
 
 def methods_tables() -> Iterator[Table]:
     """A table for each field of a recipe that names a method."""
-    for field, methods in {**METHOD_FIELDS, "optimizer": OPTIMIZERS}.items():
+    tables: dict[str, Mapping[str, Method]] = {**METHOD_FIELDS, "optimizer": OPTIMIZERS}
+    for field, methods in tables.items():
         table = Table("name", "what it does", "paper", title=field, title_justify="left")
         for name, method in methods.items():
             table.add_row(name, method.summary, method.paper)

@@ -3,38 +3,64 @@
 A row makes the optimizer's options as plain values; called with a model they build the optimizer.
 """
 
+from dataclasses import dataclass
+
 from rankwise.methods import Method, lazy_attributes
 
-OPTIMIZERS: dict[str, Method] = {
-    "adamw": Method(".optim.lora_plus:AdamWChoice", "arXiv 1711.05101", "torch's AdamW on the pairs: the default"),
-    "lora-plus": Method(
+
+@dataclass(frozen=True)
+class OptimizerMethod(Method):
+    """A row of the table.
+
+    Attributes:
+        learning_rate: of a recipe that names none; what the optimizer itself has where ``lr`` is left out.
+    """
+
+    learning_rate: float = 2e-4
+
+
+OPTIMIZERS: dict[str, OptimizerMethod] = {
+    "adamw": OptimizerMethod(
+        ".optim.lora_plus:AdamWChoice", "arXiv 1711.05101", "torch's AdamW on the pairs: the default"
+    ),
+    "lora-plus": OptimizerMethod(
         ".optim.lora_plus:LoraPlusChoice", "arXiv 2402.12354", "AdamW with a larger learning rate for B than for A"
     ),
-    "lora-pro": Method(
+    "lora-pro": OptimizerMethod(
         ".optim.lora_pro:LoraProChoice",
         "arXiv 2407.18242",
         "moves the pair so that the weight moves as full fine-tuning would move it",
+        1e-4,
     ),
-    "spectral": Method(
+    "spectral": OptimizerMethod(
         ".optim.spectral:SpectralChoice",
         "arXiv 2507.12142",
         "Muon's step in the space of what the pair can do to the weight, for both halves at once",
+        0.05,
     ),
-    "polora": Method(
-        ".optim.polora:PoloraChoice", "arXiv 2607.17620", "a polar step for each half, behind row and column scales"
+    "polora": OptimizerMethod(
+        ".optim.polora:PoloraChoice",
+        "arXiv 2607.17620",
+        "a polar step for each half, behind row and column scales",
+        0.1,
     ),
-    "lora-muon": Method(
-        ".optim.lora_muon:LoraMuonChoice", "arXiv 2606.12921", "Muon's step for each half, measured in the weight"
+    "lora-muon": OptimizerMethod(
+        ".optim.lora_muon:LoraMuonChoice",
+        "arXiv 2606.12921",
+        "Muon's step for each half, measured in the weight",
+        0.1,
     ),
-    "scaled-adam": Method(
+    "scaled-adam": OptimizerMethod(
         ".optim.scaled_adam:ScaledAdamChoice",
         "arXiv 2402.02347",
         "each half's gradient divided by the other's Gram matrix, then Adam",
+        2e-3,
     ),
-    "loft": Method(
+    "loft": OptimizerMethod(
         ".optim.loft:LoftChoice",
         "arXiv 2505.21289",
         "full fine-tuning's AdamW as seen from one half, the halves in turn",
+        1e-4,
     ),
 }
 

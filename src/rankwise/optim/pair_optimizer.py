@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import CheckpointError, SpecError, TrainingError
+from rankwise.errors import CheckpointError, Diverged, SpecError, TrainingError
 from rankwise.optim.checks import check_number
 from rankwise.optim.elementwise import State, adam_direction
 from rankwise.optim.masters import move, whole, wide
@@ -117,7 +117,7 @@ class PairOptimizer(torch.optim.Optimizer):
             closure: clears the gradients, computes the loss, calls backward and returns the loss.
 
         Raises:
-            TrainingError: a gradient on one half of a pair only, NaN or infinity. Nothing has moved then.
+            TrainingError: a gradient on one half of a pair only. Diverged: NaN or infinity. Nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -213,7 +213,7 @@ class PairOptimizer(torch.optim.Optimizer):
         # The norm may overflow where no entry does, as in fp16.
         broken = [name for name, parts in present.items() if not all(bool(whole(g.isfinite()).all()) for g in parts)]
         if broken:
-            raise TrainingError(
+            raise Diverged(
                 f"{broken[0]}: its gradient holds NaN or infinity ({len(broken)} like this); lower lr (now "
                 f"{self.param_groups[0]['lr']:g}), clip the gradients, or train in fp32 or bf16"
             )

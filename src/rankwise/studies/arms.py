@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from rankwise.studies.runs import Runs
-from rankwise.studies.tuning import tune
 from rankwise.train.recipe import Recipe
+from rankwise.trials.tuning import tune
 
 
 @dataclass(frozen=True)

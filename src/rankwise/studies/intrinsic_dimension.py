@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rankwise.studies.runs import Runs
-from rankwise.studies.tuning import Tuned, tune
 from rankwise.train.recipe import Recipe
+from rankwise.trials.tuning import Tuned, tune
 
 # The share of full fine-tuning's gain that counts as reached.
 SHARE = 0.9

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from rich.console import Console
 
 import rankwise as rw
 from rankwise.analysis import train_in_random_subspace
-from rankwise.errors import BrokenFile, SpecError
-from rankwise.files import check_directory_name, sha256, write_file
+from rankwise.errors import SpecError
 from rankwise.planning import target_layers
 from rankwise.train.recipe import Recipe
-from rankwise.train.run import adapter_start, run
+from rankwise.train.run import run
 from rankwise.train.trainer.trainer import AdapterTrainer
+from rankwise.trials.preparing import SILENT, target_weights, with_adapter, with_full_weights
+from rankwise.trials.records import Plain, Records, deciding
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,14 @@ class Runs:
     """Trains recipes, each into its own directory under ``directory``, named by what decides its outcome."""
 
     def __init__(self, directory: Path, console: Console) -> None:
-        check_directory_name(directory)
-        self.directory = directory
+        self._records = Records(directory)
         self._console = console
-        self._silent = Console(quiet=True)
 
     def untrained(self, recipe: Recipe) -> float:
         """The pretrained model's held-out loss."""
 
         def evaluate(_: Path) -> Trained:
-            trainer = run.check(run.load(recipe, self._silent), self._silent).trainer
+            trainer = run.check(run.load(recipe, SILENT), SILENT).trainer
             return Trained(_held_out_loss(trainer), 0, 0.0, None)
 
         # What only training would read must not make it another run.
@@ -65,8 +60,7 @@ class Runs:
         """Train the recipe's adapter."""
 
         def train(directory: Path) -> Trained:
-            prepared = run.check(run.load(recipe, self._silent), self._silent)
-            adapter_start.attach(prepared.loaded, prepared.batches, self._silent)
+            prepared = with_adapter(recipe)
             loss, seconds = _fit(prepared.trainer)
             rw.save(prepared.model, directory / "adapter")
             parameters = sum(tensor.numel() for tensor in rw.trainable_parameters(prepared.model))
@@ -78,13 +72,10 @@ class Runs:
         """Train the target weights themselves."""
 
         def train(_: Path) -> Trained:
-            prepared = run.check(run.load(recipe, self._silent), self._silent)
-            prepared.model.requires_grad_(False)
-            weights = [layer.get_parameter("weight") for layer in _targets(prepared.model, recipe).values()]
-            for weight in weights:
-                weight.requires_grad_(True)
+            prepared = with_full_weights(recipe)
+            parameters = sum(weight.numel() for weight in target_weights(prepared.loaded))
             loss, seconds = _fit(prepared.trainer)
-            return Trained(loss, sum(weight.numel() for weight in weights), seconds, None)
+            return Trained(loss, parameters, seconds, None)
 
         return self._once("full", recipe, {}, train)
 
@@ -92,7 +83,7 @@ class Runs:
         """Train ``dimension`` numbers that move the target weights in a random subspace."""
 
         def train(_: Path) -> Trained:
-            prepared = run.check(run.load(recipe, self._silent), self._silent)
+            prepared = run.check(run.load(recipe, SILENT), SILENT)
             targets = list(_targets(prepared.model, recipe))
             train_in_random_subspace(prepared.model, dimension, targets, layer_scales=layer_scales, seed=recipe.seed)
             loss, seconds = _fit(prepared.trainer)
@@ -101,46 +92,19 @@ class Runs:
         return self._once("random-subspace", recipe, {"dimension": dimension, "layer_scales": layer_scales}, train)
 
     def _once(self, kind: str, recipe: Recipe, options: dict[str, Any], train: Callable[[Path], Trained]) -> Trained:
-        """The outcome on file, or that of ``train`` now. Several processes may share the directory."""
-        fields = recipe.model_dump(mode="json", exclude={"output_dir"}, exclude_defaults=True)
-        decided_by = {"kind": kind, **options, **fields, **_on_disk(recipe), "rankwise": version("rankwise")}
-        key = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:16]
-        directory = self.directory / "runs" / key
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "outcome.json"
-        with FileLock(directory / ".lock"):
-            if not path.is_file():
-                self._console.print(f"[dim]{_described(kind, recipe, options)}[/]", end=" ", highlight=False)
-                began = time.monotonic()
-                trained = train(directory)
-                content = asdict(trained) | {"adapter": trained.adapter and "adapter", "run": decided_by}
-                write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-                self._console.print(f"{trained.loss:.4f} ({time.monotonic() - began:.0f} s)", highlight=False)
-        return _read(path)
+        def outcome(directory: Path) -> Plain:
+            self._console.print(f"[dim]{_described(kind, recipe, options)}[/]", end=" ", highlight=False)
+            began = time.monotonic()
+            trained = train(directory)
+            self._console.print(f"{trained.loss:.4f} ({time.monotonic() - began:.0f} s)", highlight=False)
+            return asdict(trained) | {"adapter": trained.adapter and "adapter"}
+
+        return self._records.once({"kind": kind, **options, **deciding(recipe)}, outcome, _read)
 
 
-def _on_disk(recipe: Recipe) -> dict[str, str]:
-    """What the recipe's paths hold now: a file's content, a model directory's files with size and time."""
-    contents = {}
-    for field in ("model", "data", "eval_data"):
-        path = Path(getattr(recipe, field) or "")
-        if path.is_file():
-            contents[f"{field} is"] = sha256(path)
-        elif getattr(recipe, field) and path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            contents[f"{field} is"] = " ".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files)
-    return contents
-
-
-def _read(path: Path) -> Trained:
-    try:
-        outcome = json.loads(path.read_text(encoding="utf-8"))
-        adapter = outcome["adapter"] and path.parent / outcome["adapter"]
-        return Trained(float(outcome["loss"]), int(outcome["parameters"]), float(outcome["seconds"]), adapter or None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BrokenFile(
-            f"{path}: expected a run's outcome, found: {error!r}; delete its directory to run it anew"
-        ) from None
+def _read(outcome: Plain, directory: Path) -> Trained:
+    adapter = outcome["adapter"] and directory / outcome["adapter"]
+    return Trained(float(outcome["loss"]), int(outcome["parameters"]), float(outcome["seconds"]), adapter or None)
 
 
 def _described(kind: str, recipe: Recipe, options: dict[str, Any]) -> str:

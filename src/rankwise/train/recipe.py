@@ -141,11 +141,20 @@ class OptimizerFields(_Section):
     )
 
 
+def _own_learning_rate(fields: Mapping[str, Any]) -> float:
+    """The optimizer's. One that no table has is refused later, whatever its rate."""
+    optimizer: Method = fields["optimizer"]
+    name = optimizer if isinstance(optimizer, str) else optimizer.get("name")
+    return OPTIMIZERS[name if name in OPTIMIZERS else "adamw"].learning_rate
+
+
 class TrainingFields(_Section):
     """Training"""
 
     output_dir: str = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        default_factory=_own_learning_rate, gt=0, description="Peak learning rate; default: the optimizer's own."
+    )
     per_device_train_batch_size: Positive = Field(8, description="Samples a step and device.")
     per_device_eval_batch_size: Positive = Field(8, description="Samples an evaluation step and device.")
     gradient_accumulation_steps: Positive = Field(1, description="Batches added up before an optimizer step.")
@@ -205,7 +214,7 @@ class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, Adapt
 def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file, if there is one; the command line's flags win over it."""
     flags = flags or {}
-    values = {} if path is None else _read(path)
+    values = {} if path is None else read_yaml(path, _SHORTEST)
     return parse({**values, **flags}, dict.fromkeys(flags, "command line"), str(path or "command line"))
 
 
@@ -247,7 +256,18 @@ def flag_value(name: str, text: str) -> Any:
         raise RecipeError(f"{flag}: expected a YAML value, found {text!r} ({_first_line(error)}).") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+_SHORTEST = "The shortest recipe has two lines: `model: smollm2-135m` and `data: kjv`."
+
+
+def read_yaml(path: Path, advice: str) -> dict[str, Any]:
+    """A file's mapping.
+
+    Args:
+        advice: what such a file looks like, for whoever wrote another.
+
+    Raises:
+        RecipeError: it cannot be read, or is no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -257,10 +277,7 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: expected YAML, found: {error}") from None
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"{path}: expected `field: value` lines, found {_describe(values)}. "
-            "The shortest recipe has two lines: `model: smollm2-135m` and `data: kjv`."
-        )
+        raise RecipeError(f"{path}: expected `field: value` lines, found {_describe(values)}. {advice}")
     return values
 
 
@@ -286,6 +303,8 @@ def _problems(error: ValidationError, sources: Mapping[str, str], source: str) -
     """One line a field: where, what was expected, what was found, what to do."""
     by_field: dict[str, list[Any]] = {}
     for item in error.errors(include_url=False):
+        if item["type"] == "default_factory_not_called":  # a default that follows from a field that is at fault
+            continue
         by_field.setdefault(str(item["loc"][0]), []).append(item)
     return [_problem(name, items, sources.get(name, source)) for name, items in by_field.items()]
 

@@ -9,7 +9,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import AttachError, SpecError, TrainingError
+from rankwise.errors import AttachError, Diverged, SpecError, TrainingError
 from rankwise.shapes import Bool, Float
 from rankwise.variants.adalora import AdaLoraLayer
 from rankwise.variants.base import TrainingHook
@@ -98,7 +98,7 @@ class RankAllocator(TrainingHook):
             step: the number of the optimizer step, from 1.
 
         Raises:
-            TrainingError: no layer has a gradient, or a score is not finite.
+            TrainingError: no layer has a gradient. Diverged: a score is not finite.
         """
         if self.finished:
             return
@@ -163,7 +163,7 @@ class RankAllocator(TrainingHook):
     def _prune(self, budget: int, *, for_good: bool) -> None:
         scores = torch.cat([layer.scores().cpu() for layer in self.layers])
         if not bool(scores.isfinite().all()):
-            raise TrainingError("AdaLoRA's importance scores hold NaN or infinity: the training diverged")
+            raise Diverged("AdaLoRA's importance scores hold NaN or infinity: the training diverged")
         sizes = [layer.lora_A.shape[0] for layer in self.layers]
         chosen = torch.split(most_important(scores, budget), sizes)
         largest = max(int(mask.sum()) for mask in chosen)

@@ -21,7 +21,14 @@ def load(recipe: Recipe, console: Console) -> Loaded:
 
 
 def show_plan(loaded: Loaded, console: Console) -> None:
-    """Say what will be adapted, and what trained whole."""
+    """Say what will be adapted, what trained whole, and at which rate."""
     console.print(plan_table(loaded.sites))
     if loaded.spec.modules_to_save:
         console.print(f"Trained whole and saved beside the adapter: {', '.join(loaded.spec.modules_to_save)}")
+    console.print(_rate(loaded.recipe), highlight=False)
+
+
+def _rate(recipe: Recipe) -> str:
+    name = recipe.optimizer if isinstance(recipe.optimizer, str) else recipe.optimizer["name"]
+    default = "" if "learning_rate" in recipe.model_fields_set else ", its default"
+    return f"Optimizer: {name}, peak learning rate {recipe.learning_rate:g}{default}"

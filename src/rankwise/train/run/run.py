@@ -27,7 +27,7 @@ from rankwise.format.save_load import portable
 from rankwise.report.curve import save_loss_curve
 from rankwise.report.history import points
 from rankwise.report.page import write_report
-from rankwise.train.data.dataset import Batch, load_data
+from rankwise.train.data.dataset import Batch, Data, load_data
 from rankwise.train.model.busy import busy
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
@@ -120,12 +120,16 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     return replace(prepared, checkpoint=checkpoint, trial=trial)
 
 
-def check(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
-    """Check the data. No adapter is attached yet."""
+def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Data | None = None) -> Prepared:
+    """Check the data. No adapter is attached yet.
+
+    Args:
+        data: the samples, where they are not the recipe's own.
+    """
     recipe, task = loaded.recipe, TASKS[loaded.recipe.task]
     bar = ProgressBar(console, title)
     with busy(console, "Reading and tokenising the data"), without_dataset_bars():
-        data = load_data(recipe)
+        data = load_data(recipe) if data is None else data
         task.check(loaded, data)
         trainer, warnings = task.trainer(loaded, data, bar)
         batches = adapter_start.first_batches(trainer, recipe)

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 import rankwise as rw
 from rankwise.adapted.adapted import Adapted
-from rankwise.errors import CheckpointError, OutOfMemory, RecipeError, TrainingError
+from rankwise.errors import CheckpointError, Diverged, OutOfMemory, RecipeError
 from rankwise.format.state import load_state, save_state
 from rankwise.methods import name_of, resolve
 from rankwise.optim import OPTIMIZERS
@@ -121,7 +121,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._batch_shape = tuple(inputs["input_ids"].shape)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
-            raise TrainingError(self._not_finite("loss", loss, self._samples(self._at[1])))
+            raise Diverged(self._not_finite("loss", loss, self._samples(self._at[1])))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -129,7 +129,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         norm = super()._get_grad_norm(model, grad_norm)
         if not torch.isfinite(torch.as_tensor(norm)):
             samples = [number for batch in range(self._at[1] + 1) for number in self._samples(batch)]
-            raise TrainingError(self._not_finite("gradient norm", norm, samples))
+            raise Diverged(self._not_finite("gradient norm", norm, samples))
         return norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -193,7 +193,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         """An update can overflow where loss and gradient were finite; such weights must not become a checkpoint."""
         if all(bool(torch.isfinite(tensor).all()) for tensor in rw.trainable_parameters(self.model)):
             return
-        raise TrainingError(
+        raise Diverged(
             f"step {self.state.global_step}: expected finite adapter weights, found NaN or infinity. "
             f"{self._last_good()} {self._calmer()}"
         )

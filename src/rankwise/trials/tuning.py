@@ -1,11 +1,12 @@
-"""The learning rate of each arm of a study, found on a ladder of powers of two."""
+"""A learning rate, found on a ladder of powers of two."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from rankwise.errors import TrainingError
+from rankwise.errors import Diverged
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Tuned:
 def tune(loss: Callable[[float], float], start: float, *, factor: float = 2.0, most: int = 8) -> Tuned:
     """Walk down a ladder start · factorⁿ until the best rate has tried neighbours on both sides.
 
-    A rate at which training diverges (``TrainingError``) counts as infinitely bad.
+    A rate at which training diverges (``Diverged``) counts as infinitely bad.
 
     Args:
         most: rates to try at most.
@@ -43,7 +44,7 @@ def tune(loss: Callable[[float], float], start: float, *, factor: float = 2.0, m
         if step not in losses and len(losses) < most:
             try:
                 losses[step] = loss(start * factor**step)
-            except TrainingError:
+            except Diverged:
                 losses[step] = float("inf")
 
     best = 0
@@ -51,8 +52,9 @@ def tune(loss: Callable[[float], float], start: float, *, factor: float = 2.0, m
         before = len(losses)
         for step in (best, best - 1, best + 1):
             attempt(step)
-        best = min(losses, key=lambda step: losses[step])
+        best = min(losses, key=lambda step: (losses[step], step))  # where all diverge, on downwards
         if {best - 1, best + 1} <= losses.keys() or len(losses) == before:
             break
     tried = {start * factor**step: losses[step] for step in sorted(losses)}
-    return Tuned(start * factor**best, losses[best], tried, {best - 1, best + 1} <= losses.keys())
+    bracketed = {best - 1, best + 1} <= losses.keys() and math.isfinite(losses[best])
+    return Tuned(start * factor**best, losses[best], tried, bracketed)
