@@ -36,11 +36,13 @@ class TensorEntry:
     """What a header says of one tensor.
 
     Attributes:
+        name: of the tensor.
         dtype: as safetensors names it, such as "BF16".
         shape: of the tensor.
         start, end: of its bytes in the data.
     """
 
+    name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -98,7 +100,7 @@ def _entry(path: Path, name: str, found: Any) -> TensorEntry:
         raise BrokenFile(f"{where}: shape is {_short(shape)}; expected at most {_AXES} sizes below {_AXIS_LIMIT}")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise BrokenFile(f"{where}: data_offsets is {_short(offsets)}; expected where its bytes start and end")
-    entry = TensorEntry(dtype, tuple(shape), *offsets)
+    entry = TensorEntry(name, dtype, tuple(shape), *offsets)
     if entry.end - entry.start != entry.numbers * _BITS[dtype] // 8:
         raise BrokenFile(
             f"{where}: shape {entry.shape} of {dtype} takes {entry.numbers * _BITS[dtype] // 8} bytes, data_offsets "

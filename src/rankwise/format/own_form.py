@@ -79,7 +79,7 @@ def read_own_form(model: nn.Module, directory: str | Path) -> OwnAdapter:
     """
     folder = Path(directory)
     config, tensors = read_json(folder / CONFIG), read_tensors(folder / TENSORS)
-    spec, sites = configured(folder / CONFIG, config)
+    spec, sites, probes = configured(folder / CONFIG, config)
     states = states_by_site(folder / TENSORS, tensors, sites)
     modules = base_modules(model)
     layers = {
@@ -87,11 +87,11 @@ def read_own_form(model: nn.Module, directory: str | Path) -> OwnAdapter:
         for path, site in sites.items()
     }
     whole = {key.removeprefix(WHOLE): value for key, value in tensors.items() if key.startswith(WHOLE)}
-    return OwnAdapter(spec, layers, whole, read_probes(folder / CONFIG, config))
+    return OwnAdapter(spec, layers, whole, probes)
 
 
-def configured(where: Path, config: Mapping[str, Any]) -> tuple[LoRA, dict[str, Site]]:
-    """The spec, and the sites by their names.
+def configured(source: Path, config: Mapping[str, Any]) -> tuple[LoRA, dict[str, Site], dict[str, tuple[float, ...]]]:
+    """The spec, the sites by their names, and the probe of the base.
 
     Raises:
         BrokenFile: the configuration is another.
@@ -101,11 +101,11 @@ def configured(where: Path, config: Mapping[str, Any]) -> tuple[LoRA, dict[str, 
         sites = {site["name"]: _site(**site) for site in config["sites"]}
     except (KeyError, TypeError, ValueError, SpecError) as error:
         raise BrokenFile(
-            f"{where}: expected a rankwise spec and its sites, found none that can be used ({error})"
+            f"{source}: expected a rankwise spec and its sites, found none that can be used ({error})"
         ) from None
     if not sites:
-        raise BrokenFile(f"{where}: lists no sites; expected one module at least")
-    return spec, sites
+        raise BrokenFile(f"{source}: lists no sites; expected one module at least")
+    return spec, sites, read_probes(source, config)
 
 
 def _site(name: str, kind: str, shape: list[int], rank: int, scale: float) -> Site:
@@ -116,7 +116,7 @@ def _site(name: str, kind: str, shape: list[int], rank: int, scale: float) -> Si
     return Site(name, kind, (out, into), rank, float(scale))
 
 
-def states_by_site(where: Path, tensors: Mapping[str, T], sites: Mapping[str, Any]) -> dict[str, dict[str, T]]:
+def states_by_site(source: Path, tensors: Mapping[str, T], sites: Mapping[str, Any]) -> dict[str, dict[str, T]]:
     """Site → name in its layer → tensor, or whatever else is known by the tensors' names.
 
     Raises:
@@ -128,20 +128,20 @@ def states_by_site(where: Path, tensors: Mapping[str, T], sites: Mapping[str, An
         if path is not None:
             states[path][key.removeprefix(f"{path}.")] = tensor
         elif not key.startswith(WHOLE):
-            raise UnexpectedTensor(f"{where}: {key} belongs to no adapter site; it is not read")
+            raise UnexpectedTensor(f"{source}: {key} belongs to no adapter site; it is not read")
     for path, state in states.items():
         if not state:
-            raise MissingTensor(f"{where}: no tensors for {path}, which {CONFIG} lists; it is incomplete")
+            raise MissingTensor(f"{source}: no tensors for {path}, which {CONFIG} lists; it is incomplete")
     return states
 
 
-def _restore(layer: Any, spec: LoRA, site: Site, state: Mapping[str, Tensor], where: Path) -> AdapterLayer:
+def _restore(layer: Any, spec: LoRA, site: Site, state: Mapping[str, Tensor], source: Path) -> AdapterLayer:
     """A new layer of the spec's variant, with the file's state in it."""
     path, kind, variant = site.name, kind_of(layer), spec.variant
     assert isinstance(variant, Variant)
     if (kind.name, kind.shape(layer)) != (site.kind, site.shape):
         raise ShapeMismatch(
-            f"{where}: {path} is a {site.kind} of {site.shape[0]} × {site.shape[1]} in the file and a {kind.name} of "
+            f"{source}: {path} is a {site.kind} of {site.shape[0]} × {site.shape[1]} in the file and a {kind.name} of "
             f"{kind.shape(layer)[0]} × {kind.shape(layer)[1]} in this model; it was written for another base"
         )
     variant.check_site(site, kind)
@@ -153,13 +153,13 @@ def _restore(layer: Any, spec: LoRA, site: Site, state: Mapping[str, Tensor], wh
     expected = built.state_dict()
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing:
-        raise MissingTensor(f"{where}: {path} has no {missing[0]}; the file is incomplete")
+        raise MissingTensor(f"{source}: {path} has no {missing[0]}; the file is incomplete")
     if unknown:
-        raise UnexpectedTensor(f"{where}: {path}.{unknown[0]} is no part of variant {name_of(VARIANTS, variant)!r}")
+        raise UnexpectedTensor(f"{source}: {path}.{unknown[0]} is no part of variant {name_of(VARIANTS, variant)!r}")
     for key, tensor in state.items():
         if tensor.shape != expected[key].shape:
             raise ShapeMismatch(
-                f"{where}: {path}.{key} is {tuple(tensor.shape)}, expected {tuple(expected[key].shape)}"
+                f"{source}: {path}.{key} is {tuple(tensor.shape)}, expected {tuple(expected[key].shape)}"
             )
     built.load_state_dict(dict(state))
     return built
