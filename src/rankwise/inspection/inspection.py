@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,8 @@ from rankwise.format.configuration import is_own, read_extra, stated_fields, var
 from rankwise.format.layout import SiteReader, by_site, stray
 from rankwise.format.names import CONFIG, OWN, PREFIX, TENSORS, site_and_suffix
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
-from rankwise.inspection.engines import Traits, Verdict, verdicts
+from rankwise.inspection.engines import verdicts
+from rankwise.inspection.facts import FileFacts, Inspection, SiteFacts
 from rankwise.patterns import keys_under
 from rankwise.spec import plain_fields
 from rankwise.tensor_header import TensorEntry
@@ -28,74 +29,6 @@ from rankwise.tensor_header import TensorEntry
 T = TypeVar("T")
 _LISTED = 200  # files, and problems, that a report names
 _CODE = (".py", ".so", ".sh", ".pyc", ".dll", ".exe", ".ipynb")
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """A file of the directory; ``sha256`` is None where it was not opened."""
-
-    name: str
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class SiteFacts:
-    """One adapted layer.
-
-    Attributes:
-        name: module path.
-        kind: "linear", "conv1d", "conv2d" or "embedding"; of an adapter that rankwise alone reads, its variant.
-        shape: (out, in) of the weight as one matrix.
-        rank, scale: of ΔW = scale · B A; of a bottleneck, its width and 1.
-        dtype: of the stored tensors.
-        change: ‖ΔW‖_F; None where no pair expresses it, and where it is beyond fp32.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    rank: int
-    scale: float
-    dtype: str
-    change: float | None
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What :func:`inspect` found.
-
-    Attributes:
-        directory: as given.
-        files: the files in it.
-        peft_type, base_model: as the configuration names them.
-        spec: the configuration as a spec's plain data, with the variant that ``rankwise.json`` names where PEFT has no
-            word for it; None where it cannot be read as one.
-        sites: the adapted layers that are sound.
-        replaced: the modules, by name, of which the file brings whole tensors instead of a change.
-        parameters: numbers in the file.
-        dtypes: type → numbers of it.
-        notes: what is worth knowing, but is not refused.
-        problems: what :func:`load` would refuse, each with its error's name.
-        engines: who reads it right; empty where there are problems.
-    """
-
-    directory: str
-    files: tuple[FileFacts, ...]
-    peft_type: str | None
-    base_model: str | None
-    spec: dict[str, Any] | None
-    sites: tuple[SiteFacts, ...]
-    replaced: tuple[str, ...]
-    parameters: int
-    dtypes: dict[str, int]
-    notes: tuple[str, ...]
-    problems: tuple[str, ...]
-    engines: tuple[Verdict, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def inspect(directory: str | Path) -> Inspection:
@@ -137,20 +70,21 @@ def inspect(directory: str | Path) -> Inspection:
     dtypes: Counter[str] = Counter()
     for entry in entries.values():
         dtypes[entry.dtype] += entry.numbers
-    return Inspection(
+    facts = Inspection(
         str(directory),
         files,
         _text(config.get("peft_type")),
         _text(config.get("base_model_name_or_path")),
-        spec,
+        None if fields is None else plain_fields(fields),
         tuple(sites),
         replaced,
         dtypes.total(),
         dict(dtypes),
         tuple(notes),
         problems.listed(),
-        () if problems.messages else verdicts(_traits(config, sites, replaced)),
     )
+    engines = () if problems.messages else verdicts(facts)  # which go by PEFT's own fields
+    return replace(facts, spec=spec, engines=engines)
 
 
 class _Problems:
@@ -255,19 +189,6 @@ def _own_sites(
         for path, state in states.items()
     ]
     return spec.to_dict(), facts
-
-
-def _traits(config: Mapping[str, Any], sites: list[SiteFacts], replaced: tuple[str, ...]) -> Traits:
-    return Traits(
-        str(config.get("peft_type")),
-        _text(config.get("base_model_name_or_path")) or "",
-        {site.name: site.kind for site in sites},
-        max((site.rank for site in sites), default=0),
-        len({(site.rank, site.scale) for site in sites}) == 1,
-        config.get("use_rslora") is True,
-        config.get("use_dora") is True,
-        replaced,
-    )
 
 
 def _text(value: Any) -> str | None:
