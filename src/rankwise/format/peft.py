@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rankwise.adapter import Adapter, SiteAdapter
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
-from rankwise.errors import NonFiniteTensor, SpecError, UnsupportedAdapter
+from rankwise.errors import SpecError, UnsupportedAdapter
 from rankwise.files import read_json, write_json
 from rankwise.format.configuration import read_extra, stated_fields, variant_recorded
 from rankwise.format.layout import SiteReader, StoredSite, by_site
@@ -48,9 +47,6 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     for path, site in adapter.sites.items():
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in _wire(site).items()}
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in adapter.saved.items()}
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteTensor(f"{key} holds NaN or infinity, so {folder} was not written; the training diverged")
     write_tensors(folder / TENSORS, tensors, {})
     write_json(folder / EXTRA, _extra(adapter))
     write_json(folder / CONFIG, _config(adapter))  # last: a directory without it is no adapter
