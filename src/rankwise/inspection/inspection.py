@@ -5,7 +5,6 @@ would refuse is a problem in the report, never an exception. Nothing here needs 
 that only its variant's own file can tell of.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rankwise.errors import BrokenFile, RankwiseError, UnsafeFile
-from rankwise.files import check_stays_inside, is_pickle, read_json, tensor_entries
+from rankwise.files import check_stays_inside, is_pickle, read_json, sha256, tensor_entries
 from rankwise.format.configuration import is_own, read_extra, stated_fields, variant_recorded
 from rankwise.format.layout import SiteReader, by_site, stray
 from rankwise.format.names import CONFIG, OWN, PREFIX, TENSORS, site_and_suffix
@@ -132,8 +131,7 @@ def _file(path: Path, notes: list[str]) -> FileFacts:
     size = path.stat().st_size
     try:
         check_stays_inside(path)
-        with path.open("rb") as stream:
-            return FileFacts(path.name, size, hashlib.file_digest(stream, "sha256").hexdigest())
+        return FileFacts(path.name, size, sha256(path))
     except UnsafeFile as error:
         notes.append(str(error))
     except OSError as error:
