@@ -23,26 +23,20 @@ def as_object(source: str, content: bytes) -> dict[str, Any]:
 
 def as_json(source: str, content: bytes) -> Any:
     """Like :func:`as_object`, for any kind of value."""
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        collected: dict[str, Any] = {}
+        for key, value in items:
+            if key in collected:
+                raise BrokenFile(f"{source}: the key {key!r} appears twice in one object")
+            collected[key] = value
+        return collected
+
     try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BrokenFile(f"{source}: half of a surrogate pair, which is no text ({error})") from None
     except (ValueError, RecursionError) as error:  # whole numbers of thousands of digits are ValueErrors too
         raise BrokenFile(f"{source}: not valid JSON ({error})") from None
-    except _Duplicate as error:
-        raise BrokenFile(f"{source}: the key {error.args[0]!r} appears twice in one object") from None
     return value
-
-
-class _Duplicate(Exception):
-    pass
-
-
-def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in items:
-        if key in content:
-            raise _Duplicate(key)
-        content[key] = value
-    return content

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from rankwise.errors import MissingTensor, ShapeMismatch, SpecError, TargetError, UnexpectedTensor, UnsupportedAdapter
 from rankwise.format.adalora import as_plain_pair
@@ -16,25 +16,16 @@ from rankwise.format.names import BASE_COPY, CONFIG, EMBEDDING_PAIR, PAIR, TENSO
 from rankwise.patterns import pattern_values
 from rankwise.scaling import declared
 
-
-@runtime_checkable
-class Shaped(Protocol):
-    """A tensor, an array, or what a header says of one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+T = TypeVar("T")
 
 
-S = TypeVar("S", bound=Shaped)
-
-
-def by_site(source: Path, tensors: Mapping[str, S]) -> dict[str, dict[str, S]]:
+def by_site(source: Path, tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """Module path → file suffix → tensor.
 
     Raises:
         UnexpectedTensor: one is no site's. MissingTensor: there are none.
     """
-    sites: dict[str, dict[str, S]] = {}
+    sites: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
         path_and_suffix = site_and_suffix(key)
         if path_and_suffix is None:
@@ -46,8 +37,8 @@ def by_site(source: Path, tensors: Mapping[str, S]) -> dict[str, dict[str, S]]:
     return sites
 
 
-def stray(source: Path, key: str, tensor: Shaped) -> UnexpectedTensor:
-    """The error for a tensor that is no site's."""
+def stray(source: Path, key: str, tensor: Any) -> UnexpectedTensor:
+    """The error for a tensor, an array, or what a header says of one, that is no site's."""
     return UnexpectedTensor(f"{source}: {key} {tuple(tensor.shape)} belongs to no adapter site; it is not read")
 
 

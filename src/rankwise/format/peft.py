@@ -48,7 +48,14 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in _wire(site).items()}
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in adapter.saved.items()}
     write_tensors(folder / TENSORS, tensors, {})
-    write_json(folder / EXTRA, _extra(adapter))
+    extra = {
+        "format_version": FORMAT_VERSION,
+        "spec": adapter.spec.to_dict(),
+        "sites": list(adapter.sites),
+        "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
+        "base_quantised": adapter.base_quantised,
+    }
+    write_json(folder / EXTRA, extra)
     write_json(folder / CONFIG, _config(adapter))  # last: a directory without it is no adapter
 
 
@@ -83,16 +90,6 @@ def _conv_A(A: Tensor, kernel: tuple[int, ...], groups: int) -> Tensor:
     for group in range(groups):
         blocks[group, :, group] = filters
     return blocks.flatten(2, 3).flatten(0, 1)
-
-
-def _extra(adapter: Adapter) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "spec": adapter.spec.to_dict(),
-        "sites": list(adapter.sites),
-        "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
-        "base_quantised": adapter.base_quantised,
-    }
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:
@@ -163,10 +160,12 @@ def read_adapter(directory: str | Path) -> Adapter:
     reader = SiteReader(folder, config, fields, list(parts))
     sites = {path: _site_adapter(reader.site(path, part)) for path, part in parts.items()}
     extra, probes = read_extra(folder, sites)
+    # Names that layers_to_transform narrows down select more than the adapter has.
+    selects = config.get("target_modules") and config.get("layers_to_transform") is None
     return Adapter(
         _recorded(folder / EXTRA, extra, LoRA(**fields)),
         sites,
-        _targets(config),
+        fields["target_modules"] if selects else (),
         probes,
         config.get("base_model_name_or_path"),
         whole,
@@ -197,10 +196,3 @@ def _recorded(source: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:
         dropout=stated.dropout,
         modules_to_save=stated.modules_to_save,
     )
-
-
-def _targets(config: Mapping[str, Any]) -> str | tuple[str, ...]:
-    targets = config.get("target_modules") or ()
-    if config.get("layers_to_transform") is not None:
-        return ()  # the names select more than the adapter has
-    return targets if isinstance(targets, str) else tuple(targets)
