@@ -8,9 +8,9 @@ from pathlib import Path
 # From the bottom up. A module imports only from the rows above its own, never its siblings.
 LAYERS = (
     ("errors", "shapes"),
-    ("json_object",),
+    ("json_object", "pattern_worker"),
     ("tensor_header",),
-    ("files", "methods", "patterns", "pattern_worker", "base_probe", "sites", "text_table", "algebra"),
+    ("files", "methods", "patterns", "base_probe", "sites", "text_table", "algebra"),
     ("tensor_files",),
     ("layers",),
     ("scaling", "inits", "variants"),

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.base_probe import PROBED
 from rankwise.layers.kinds import kind_of
 from rankwise.layers.quantised import is_quantised
+from rankwise.patterns import names_by_end
 from rankwise.shapes import Int
 from rankwise.sites import base_modules
 from rankwise.spec import LoRA
@@ -62,15 +62,10 @@ class Adapter:
     base_quantised: bool = False
 
 
-def extract(
-    model: nn.Module,
-    spec: LoRA,
-    layers: Mapping[str, FoldableLayer],
-    saved: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Adapter:
+def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, FoldableLayer], saved: Mapping[str, Tensor]) -> Adapter:
     """The adapter that these layers of ``model``, and its modules saved whole, are, detached from it (CPU tensors)."""
-    every = {path: _site_adapter(model.get_submodule(path), layer) for path, layer in layers.items()}
-    sites = {path: site for path, site in every.items() if site.delta.rank}  # pruning may have left nothing of one
+    stored = {path: _site_adapter(model.get_submodule(path), layer) for path, layer in layers.items()}
+    sites = {path: site for path, site in stored.items() if site.delta.rank}  # pruning may have left nothing of one
     config = getattr(model, "config", None)
     return Adapter(
         spec,
@@ -78,7 +73,7 @@ def extract(
         shortest_targets(model, list(sites)),
         base_probes(model, list(sites)),
         getattr(config, "_name_or_path", None) or None,
-        {key: _own_copy(value) for key, value in saved.items()},
+        {key: _cpu_copy(value) for key, value in saved.items()},
         any(is_quantised(model.get_submodule(path)) for path in sites),
     )
 
@@ -86,12 +81,12 @@ def extract(
 def _site_adapter(layer: nn.Module, adapter: FoldableLayer) -> SiteAdapter:
     with torch.no_grad():
         delta = adapter.delta()
-        extra = {suffix: _own_copy(tensor) for suffix, tensor in adapter.extra_tensors().items()}
-    on_cpu = LowRank(_own_copy(delta.B), _own_copy(delta.A), delta.scale)
+        extra = {suffix: _cpu_copy(tensor) for suffix, tensor in adapter.extra_tensors().items()}
+    on_cpu = LowRank(_cpu_copy(delta.B), _cpu_copy(delta.A), delta.scale)
     return SiteAdapter(adapter.kind.name, on_cpu, adapter.kind.kernel(layer), adapter.kind.groups(layer), extra)
 
 
-def _own_copy(tensor: Tensor) -> Tensor:
+def _cpu_copy(tensor: Tensor) -> Tensor:
     """On the CPU, and apart from what is trained on."""
     return tensor.detach().to("cpu", copy=True)
 
@@ -101,28 +96,18 @@ def shortest_targets(model: nn.Module, sites: list[str]) -> str | tuple[str, ...
 
     A whole name may be the end of another (``fc`` and ``layers.0.fc``): a regular expression then names each site.
     """
-    names = [name for name in base_modules(model) if name]
-    chosen = set(sites)
-    targets: set[str] = set()
-    by_last = {last: [n for n in names if n.rpartition(".")[2] == last] for last in {_last(site) for site in sites}}
-    for site in sites:
-        alike = by_last[_last(site)]
-        fitting = [
-            end for end in (_last(site), site) if chosen.issuperset(n for n in alike if f".{n}".endswith(f".{end}"))
-        ]
-        if not fitting:
-            return "|".join(re.escape(site) for site in sorted(sites))
-        targets.add(fitting[0])
-    return tuple(sorted(targets))
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+    by_end, chosen = names_by_end(base_modules(model)), set(sites)
+    ends = {site: (site.rpartition(".")[2], site) for site in sites}
+    exact = {end for pair in ends.values() for end in pair if by_end[end] <= chosen}
+    if not exact.issuperset(sites):
+        return "|".join(re.escape(site) for site in sorted(sites))
+    return tuple(sorted({last if last in exact else site for last, site in ends.values()}))
 
 
 def base_probes(model: nn.Module, sites: list[str]) -> dict[str, tuple[float, ...]]:
     """Module path → :func:`probe` of at most eight of the sites, spread evenly."""
-    return {path: probe(model.get_submodule(path)) for path in _spread(sites, 8)}
+    count = min(8, len(sites))
+    return {path: probe(model.get_submodule(path)) for path in (sites[i * len(sites) // count] for i in range(count))}
 
 
 def probe(layer: Any) -> tuple[float, ...]:
@@ -138,7 +123,3 @@ def evenly_spaced(count: int, numel: int) -> Int[Tensor, " count"]:
     tensor([       0, 16777216, 33554432])
     """
     return torch.arange(count) * (numel - 1) // (count - 1)
-
-
-def _spread(names: list[str], count: int) -> list[str]:
-    return [names[i * len(names) // count] for i in range(min(count, len(names)))] if len(names) > count else names

@@ -169,10 +169,8 @@ def _exact_or_sketch(
         raise EvidenceError(
             "this start needs the gradients themselves: expected method 'exact' or 'auto', not 'sketch'"
         )
-    if method == "exact":
-        return "exact", "method 'exact' was asked for"
-    if method == "sketch":
-        return "sketch", "method 'sketch' was asked for"
+    if method != "auto":
+        return "exact" if method == "exact" else "sketch", f"method {method!r} was asked for"
     needed = sum(_bytes(site, "exact") for site in sites)
     sizes = f"{needed / GIB:.2f} GiB for {len(sites)} layers, the budget is {budget / GIB:.2f} GiB"
     if whole:

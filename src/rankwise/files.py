@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +75,22 @@ def read_limited(path: Path) -> bytes:
         BrokenFile: absent or too large. UnsafeFile: a link that leaves the directory.
     """
     check_stays_inside(path)
-    try:
+    with readable(path):
         size = path.stat().st_size
         if size > JSON_LIMIT:
             raise BrokenFile(f"{path}: has {size} bytes; expected at most {JSON_LIMIT}: it is not what its name says")
         return path.read_bytes()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """While a file is read.
+
+    Raises:
+        BrokenFile: the system cannot read it.
+    """
+    try:
+        yield
     except OSError as error:
         raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -112,7 +125,7 @@ def tensor_entries(path: Path) -> dict[str, TensorEntry]:
         BrokenFile: absent, truncated or malformed. UnsafeFile: only a pickle is there, or a link out of the directory.
     """
     if not path.is_file():
-        pickles = sorted(found.name for found in path.parent.glob("*") if is_pickle(found))
+        pickles = sorted(file.name for file in path.parent.glob("*") if is_pickle(file))
         if pickles:
             raise UnsafeFile(
                 f"{path.parent}: holds {pickles[0]}, a pickle, which can run code when opened and is refused; "
@@ -120,7 +133,5 @@ def tensor_entries(path: Path) -> dict[str, TensorEntry]:
             )
         raise BrokenFile(f"{path}: no such file")
     check_stays_inside(path)
-    try:
+    with readable(path):
         return read_header(path)
-    except OSError as error:
-        raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None

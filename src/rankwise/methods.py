@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib import import_module
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rankwise.errors import SpecError
 
@@ -53,6 +53,7 @@ def imported(place: str) -> Any:
 
 
 Table = Mapping[str, Method]
+Row = TypeVar("Row")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -61,7 +62,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def row(table: Table, name: object, what: str) -> Method:
+def row(table: Mapping[str, Row], name: object, what: str) -> Row:
     """The row of that name. Imports nothing.
 
     Raises:

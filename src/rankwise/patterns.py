@@ -12,10 +12,12 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
 from rankwise.errors import TargetError
+from rankwise.pattern_worker import matches
 
 T = TypeVar("T")
 
@@ -49,9 +51,9 @@ def matching_ends(field: str, keys: Iterable[str], names: Sequence[str]) -> dict
         TargetError: a key is no regular expression, or takes too long.
     """
     plain = {key: alternatives for key in keys if (alternatives := _as_names(key)) is not None}
-    by_end = names_by_end(names) if plain else {}
-    found = {key: {name for end in ends for name in _ending(end, by_end)} for key, ends in plain.items()}
-    return found | _run(field, {key: rf"(.*\.)?({key})" for key in keys if key not in plain}, names)
+    by_end = names_by_end(names) | {f"^{name}": {name} for name in names} if plain else {}
+    looked_up = {key: {name for end in ends for name in by_end.get(end, ())} for key, ends in plain.items()}
+    return looked_up | _run(field, {key: rf"(.*\.)?({key})" for key in keys if key not in plain}, names)
 
 
 def pattern_values(field: str, pattern: Mapping[str, T], names: Sequence[str], default: T) -> dict[str, T]:
@@ -61,9 +63,9 @@ def pattern_values(field: str, pattern: Mapping[str, T], names: Sequence[str], d
         TargetError: a key is no regular expression, or takes too long.
     """
     values = dict.fromkeys(names, default)
-    found = matching_ends(field, pattern, names)
+    matched = matching_ends(field, pattern, names)
     for key in reversed(list(pattern)):  # the first one has the last word
-        values |= dict.fromkeys(found[key], pattern[key])
+        values |= dict.fromkeys(matched[key], pattern[key])
     return values
 
 
@@ -78,11 +80,11 @@ def check_expressions(field: str, expressions: Iterable[str]) -> None:
 
 def names_by_end(names: Iterable[str]) -> dict[str, set[str]]:
     """Last parts of names, from one part to all → the names that end so."""
-    found: dict[str, set[str]] = {}
+    by_end: dict[str, set[str]] = {}
     for name in names:
         for end in ends_of(name):
-            found.setdefault(end, set()).add(name)
-    return found
+            by_end.setdefault(end, set()).add(name)
+    return by_end
 
 
 def ends_of(name: str) -> list[str]:
@@ -104,12 +106,6 @@ def _runs(path: str, length: int) -> Iterator[str]:
     return (".".join(parts[first : first + length]) for first in range(len(parts) - length + 1))
 
 
-def _ending(end: str, by_end: dict[str, set[str]]) -> set[str]:
-    if end.startswith("^"):
-        return {end[1:]} & by_end.get(end[1:], set())
-    return by_end.get(end, set())
-
-
 def _as_names(expression: str) -> list[str] | None:
     """The names that an expression is alternatives of, each with its ``^`` if it had one; None if it is more."""
     parts = expression.split("|")
@@ -122,32 +118,25 @@ def _run(field: str, expressions: dict[str, str], names: Sequence[str]) -> dict[
         return {}
     short = sum(map(len, expressions.values())) * (len(names) + 100) < _WORK_HERE
     if short and all(map(_NO_REPETITION.fullmatch, expressions)):
-        return {key: _matched_here(field, key, expression, names) for key, expression in expressions.items()}
-    answers = _matched_by_worker(tuple(expressions.values()), tuple(names))
-    found: dict[str, set[str]] = {}
-    for number, key in enumerate(expressions):
-        if number >= len(answers):
+        answers = list(matches(expressions.values(), names))
+    else:
+        answers = _answers_of_worker(tuple(expressions.values()), tuple(names))
+    matched: dict[str, set[str]] = {}
+    for key, answer in zip_longest(expressions, answers):
+        if answer is None:
             raise TargetError(
                 f"{field} {_short(key)}: not done with {len(names)} module names after {SECONDS:g} s of computing; "
                 f"expected a regular expression without repetition inside repetition, as in (a+)+: simplify it, or "
                 f"give a list of names"
             )
-        answer = answers[number]
         if isinstance(answer, str):
-            raise _wrong(field, key, answer)
-        found[key] = {names[index] for index in answer}
-    return found
-
-
-def _matched_here(field: str, key: str, expression: str, names: Sequence[str]) -> set[str]:
-    try:
-        return {name for name in names if re.fullmatch(expression, name)}
-    except re.error as error:
-        raise _wrong(field, key, str(error)) from None
+            raise TargetError(f"{field} {_short(key)} is not a regular expression: {answer}")
+        matched[key] = {names[index] for index in answer}
+    return matched
 
 
 @lru_cache(maxsize=64)
-def _matched_by_worker(expressions: tuple[str, ...], names: tuple[str, ...]) -> list[list[int] | str]:
+def _answers_of_worker(expressions: tuple[str, ...], names: tuple[str, ...]) -> list[list[int] | str]:
     """What the worker said of each expression, up to the one at which it was stopped."""
     question = json.dumps({"expressions": expressions, "names": names, "seconds": SECONDS})
     # -I -S: nothing of the surroundings is imported, which also makes it start fast.
@@ -158,10 +147,6 @@ def _matched_by_worker(expressions: tuple[str, ...], names: tuple[str, ...]) -> 
     except subprocess.TimeoutExpired as stopped:
         written = stopped.stdout or b""
     return [json.loads(line) for line in written.splitlines(keepends=True) if line.endswith(b"\n")]
-
-
-def _wrong(field: str, expression: str, what: str) -> TargetError:
-    return TargetError(f"{field} {_short(expression)} is not a regular expression: {what}")
 
 
 def _short(expression: str) -> str:

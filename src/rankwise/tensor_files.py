@@ -1,6 +1,6 @@
 """Tensors in safetensors files: written whole or not at all, read one at a time, each finite."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -8,17 +8,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from rankwise.errors import BrokenFile, NonFiniteTensor
+from rankwise.algebra.precision import at_least_fp32
+from rankwise.errors import BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import tensor_entries, write_file
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file; tensors that are tied are written once each."""
+    """A safetensors file; tensors that are tied are written once each.
+
+    Raises:
+        NonFiniteTensor: one holds NaN or infinity. Nothing is written then.
+    """
     plain: dict[str, Tensor] = {}
     places: set[int] = set()
     for key, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        plain[key] = own.clone() if own.data_ptr() in places else own
+        if not _is_finite(tensor):
+            raise NonFiniteTensor(f"{key} holds NaN or infinity, so {path} was not written; the training diverged")
+        on_cpu = tensor.detach().cpu().contiguous()
+        plain[key] = on_cpu.clone() if on_cpu.data_ptr() in places else on_cpu
         places.add(plain[key].data_ptr())
     write_file(path, to_bytes(plain, {"format": "pt", **metadata}))
 
@@ -30,27 +37,53 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         BrokenFile: absent, truncated or malformed. UnsafeFile: only a pickle is there, or a link out of the directory.
         NonFiniteTensor: NaN or infinity.
     """
-    return dict(each_tensor(path, tensor_entries(path)))
-
-
-def each_tensor(path: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of some of a file's tensors, read one at a time, each finite.
-
-    Raises:
-        BrokenFile: the file is not what its header says. NonFiniteTensor: NaN or infinity.
-    """
+    tensors: dict[str, Tensor] = {}
+    names = tensor_entries(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
             for name in names:
-                tensor = stream.get_tensor(name)
-                if not _is_finite(tensor):
+                tensors[name] = stream.get_tensor(name)
+                if not _is_finite(tensors[name]):
                     raise NonFiniteTensor(
                         f"{path}: {name} holds NaN or infinity; expected finite numbers: the run diverged"
                     )
-                yield name, tensor
     except (SafetensorError, OSError, ValueError) as error:
         raise BrokenFile(f"{path}: not a whole safetensors file ({error}): fetch it again") from None
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What was written beside the tensors."""
+    with safe_open(path, framework="pt") as stream:
+        return stream.metadata() or {}
+
+
+def check_fit(
+    source: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str, hint: str
+) -> None:
+    """Refuse tensors that are not the expected ones by name, shape and kind of number.
+
+    Args:
+        source: the file that they are from.
+        owner: whose the expected ones are; it ends the message as ``which {owner} lacks``.
+        hint: what to do.
+
+    Raises:
+        MissingTensor, UnexpectedTensor, ShapeMismatch: as it says.
+    """
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    if missing:
+        raise MissingTensor(f"{source}: lacks {missing[0]} ({len(missing)} in all); {hint}")
+    if unknown:
+        raise UnexpectedTensor(f"{source}: has {unknown[0]} ({len(unknown)} in all), which {owner} lacks; {hint}")
+    for key, tensor in expected.items():
+        other = stored[key]
+        if other.shape != tensor.shape or other.is_floating_point() != tensor.is_floating_point():
+            raise ShapeMismatch(
+                f"{source}: {key} is {tuple(other.shape)} {other.dtype}, expected {tuple(tensor.shape)} "
+                f"{tensor.dtype}; {hint}"
+            )
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+    return not tensor.is_floating_point() or bool(torch.isfinite(at_least_fp32(tensor)).all())

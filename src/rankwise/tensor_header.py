@@ -36,11 +36,13 @@ class TensorEntry:
     """What a header says of one tensor.
 
     Attributes:
+        name: of the tensor.
         dtype: as safetensors names it, such as "BF16".
         shape: of the tensor.
         start, end: of its bytes in the data.
     """
 
+    name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -71,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         text = stream.read(length)
     content = as_object(f"{path}: header", text)
     metadata = content.pop("__metadata__", {})
-    entries = {name: _entry(path, name, found) for name, found in content.items()}
+    entries = {name: _entry(path, name, entry) for name, entry in content.items()}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BrokenFile(f"{path}: header: __metadata__ is {_short(metadata)}; expected text for each key")
     _check_places(path, entries, size - 8 - length)
@@ -82,26 +84,26 @@ def _broken(path: Path, size: int, what: str) -> BrokenFile:
     return BrokenFile(f"{path} ({size} bytes): not a whole safetensors file; {what} fetch it again")
 
 
-def _entry(path: Path, name: str, found: Any) -> TensorEntry:
+def _entry(path: Path, name: str, content: Any) -> TensorEntry:
     if len(name) > _NAME_LIMIT or name.count(".") >= _PARTS_LIMIT or not name.isprintable():
         raise BrokenFile(
             f"{path}: header: {name[:80]!r} is no tensor's name; expected at most {_NAME_LIMIT} printable letters in "
             f"at most {_PARTS_LIMIT} parts"
         )
-    where = f"{path}: header: {name}"
-    if not isinstance(found, dict) or found.keys() != {"dtype", "shape", "data_offsets"}:
-        raise BrokenFile(f"{where}: expected dtype, shape and data_offsets, found {_short(found)}; fetch it again")
-    dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
+    source = f"{path}: header: {name}"
+    if not isinstance(content, dict) or content.keys() != {"dtype", "shape", "data_offsets"}:
+        raise BrokenFile(f"{source}: expected dtype, shape and data_offsets, found {_short(content)}; fetch it again")
+    dtype, shape, offsets = content["dtype"], content["shape"], content["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise BrokenFile(f"{where}: dtype is {_short(dtype)}; expected one of {', '.join(_BITS)}")
+        raise BrokenFile(f"{source}: dtype is {_short(dtype)}; expected one of {', '.join(_BITS)}")
     if not _are_sizes(shape) or len(shape) > _AXES or any(axis >= _AXIS_LIMIT for axis in shape):
-        raise BrokenFile(f"{where}: shape is {_short(shape)}; expected at most {_AXES} sizes below {_AXIS_LIMIT}")
+        raise BrokenFile(f"{source}: shape is {_short(shape)}; expected at most {_AXES} sizes below {_AXIS_LIMIT}")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise BrokenFile(f"{where}: data_offsets is {_short(offsets)}; expected where its bytes start and end")
-    entry = TensorEntry(dtype, tuple(shape), *offsets)
+        raise BrokenFile(f"{source}: data_offsets is {_short(offsets)}; expected where its bytes start and end")
+    entry = TensorEntry(name, dtype, tuple(shape), *offsets)
     if entry.end - entry.start != entry.numbers * _BITS[dtype] // 8:
         raise BrokenFile(
-            f"{where}: shape {entry.shape} of {dtype} takes {entry.numbers * _BITS[dtype] // 8} bytes, data_offsets "
+            f"{source}: shape {entry.shape} of {dtype} takes {entry.numbers * _BITS[dtype] // 8} bytes, data_offsets "
             f"{offsets} span {entry.end - entry.start}; the header was tampered with or is damaged"
         )
     return entry

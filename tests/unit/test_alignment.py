@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rankwise as rw
 from rankwise.adapted.adapted import Adapted
-from rankwise.analysis import Alignment, alignment, first_step, first_steps, full_step
+from rankwise.analysis import Alignment, alignment, every_first_step, first_step, full_step
 from rankwise.errors import AttachError, EvidenceError, SpecError
 from rankwise.variants.lora import LoraLayer
 
@@ -53,7 +53,7 @@ def test_prediction_is_what_the_optimizer_then_does(init: str, optimizer: str) -
     try:
         model, lr = tiny(init), 1e-8
         batches = [torch.randn(9, 7), torch.randn(9, 7)]
-        predicted = first_steps(model, batches, optimizer, mean_square)
+        predicted = every_first_step(model, batches, (optimizer,), mean_square)[optimizer]
         full = copy.deepcopy(model)
         rw.detach(full)
         weights = {name: full.get_submodule(name).weight for name in predicted}

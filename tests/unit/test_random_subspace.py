@@ -21,12 +21,12 @@ def written_out(net: torch.nn.Module) -> tuple[torch.Tensor, torch.nn.Parameter]
     blocks = []
     for layer in (net[0], net[2]):
         projected = layer.parametrizations.weight[0]
-        d = len(projected.point.theta)
+        d = len(projected.theta)
         block = torch.zeros(projected.picks.numel(), d)
         for row, pick in enumerate(projected.picks.flatten().tolist()):
             block[row, pick % d] = projected.c * (-1.0 if pick >= d else 1.0)
         blocks.append(block)
-    return torch.cat(blocks), net[0].parametrizations.weight[0].point.theta
+    return torch.cat(blocks), net[0].parametrizations.weight[0].theta
 
 
 def test_the_start_is_the_pretrained_model_and_leaving_gives_it_back():
@@ -81,7 +81,7 @@ def test_layer_scales_are_among_the_trained_numbers():
     trained = [p for p in net.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == 9
     with torch.no_grad():
-        net[0].parametrizations.weight[0].point.theta.normal_()
+        net[0].parametrizations.weight[0].theta.normal_()
     once = net(X) - before
     net(X).sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in trained)

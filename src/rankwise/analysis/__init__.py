@@ -6,7 +6,6 @@ from rankwise.analysis.alignment import (
     every_first_step,
     first_step,
     first_step_alignment,
-    first_steps,
     full_step,
 )
 from rankwise.analysis.change import intruder_dimensions, merge_loss, relative_size
@@ -28,7 +27,6 @@ __all__ = [
     "every_first_step",
     "first_step",
     "first_step_alignment",
-    "first_steps",
     "full_step",
     "grassmann_distance",
     "intruder_dimensions",

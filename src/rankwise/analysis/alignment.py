@@ -9,21 +9,16 @@ from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted
 from rankwise.algebra.low_rank import LowRank
-from rankwise.errors import AttachError, SpecError
+from rankwise.errors import AttachError
 from rankwise.evidence import exact_gradients
-from rankwise.methods import nearest
+from rankwise.methods import row
 from rankwise.pair import pairs
 from rankwise.shapes import Float
 from rankwise.variants.lora import FoldedLoraLayer, LoraLayer
 
-
-def _identity(gradient: Tensor) -> Tensor:
-    return gradient
-
-
 # What an optimizer makes of its first gradient, in units of −lr. Adam's bias-corrected moments are then g and g², so
 # its step is g/(|g| + eps), the sign wherever |g| is well above eps.
-FIRST_UPDATES: dict[str, Callable[[Tensor], Tensor]] = {"sgd": _identity, "adamw": torch.sign}
+FIRST_UPDATES: dict[str, Callable[[Tensor], Tensor]] = {"sgd": lambda G: G, "adamw": torch.sign}
 
 
 @dataclass(frozen=True)
@@ -60,13 +55,13 @@ def first_step(
     Raises:
         SpecError: an unknown optimizer.
     """
-    update = _update(optimizer)
+    update = row(FIRST_UPDATES, optimizer, "optimizer")
     return LowRank(torch.cat([B, update(scale * (G @ A.T))], dim=1), torch.cat([update(scale * (B.T @ G)), A]), scale)
 
 
 def full_step(G: Float[Tensor, "out in"], optimizer: str) -> Float[Tensor, "out in"]:
     """F: what full fine-tuning's first step adds to W, in units of −lr: G for "sgd", sign(G) for "adamw"."""
-    return _update(optimizer)(G)
+    return row(FIRST_UPDATES, optimizer, "optimizer")(G)
 
 
 def alignment(
@@ -88,30 +83,20 @@ def alignment(
     return Alignment(inner / (low_size * full_size), low_size / full_size)
 
 
-def first_steps(
-    model: nn.Module,
-    batches: Iterable[Any],
-    optimizer: str = "sgd",
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-) -> dict[str, Alignment]:
-    """:func:`alignment` at every site of the active adapter, from the exact mean gradient of the batches.
-
-    The gradients are those of the model as it is now, adapter included and without dropout; the model is left as it
-    was. Arguments and errors as for :func:`first_step_alignment`.
-    """
-    return every_first_step(model, batches, (optimizer,), loss)[optimizer]
-
-
 def every_first_step(
     model: nn.Module,
     batches: Iterable[Any],
     optimizers: Iterable[str] = tuple(FIRST_UPDATES),
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> dict[str, dict[str, Alignment]]:
-    """Optimizer → site → :func:`alignment`, from one pass over the batches. Else as :func:`first_steps`."""
+    """Optimizer → site → :func:`alignment` of the active adapter, from the exact mean gradient of the batches.
+
+    The gradients are those of the model as it is now, adapter included and without dropout; the model is left as it
+    was. One pass serves all optimizers. Other arguments and errors as for :func:`first_step_alignment`.
+    """
     optimizers = tuple(optimizers)
     for optimizer in optimizers:
-        _update(optimizer)
+        row(FIRST_UPDATES, optimizer, "optimizer")
     active = pairs(model)
     for pair in active:
         if type(pair.layer) not in (LoraLayer, FoldedLoraLayer):
@@ -140,8 +125,8 @@ def first_step_alignment(
 ) -> dict[str, float]:
     """The cosine between the active adapter's next step, were it the first, and full fine-tuning's, per site.
 
-    1 means that the adapter moves each weight in the direction in which full fine-tuning would; :func:`first_steps`
-    gives the relative sizes too.
+    1 means that the adapter moves each weight in the direction in which full fine-tuning would;
+    :func:`every_first_step` gives the relative sizes too.
 
     Args:
         batches: as for :func:`rankwise.gradients`; the run's own first batches are the ones to ask about.
@@ -161,11 +146,5 @@ def first_step_alignment(
     >>> sorted(first_step_alignment(model, [torch.randn(5, 8)], loss=loss))
     ['0', '1']
     """
-    return {name: site.cosine for name, site in first_steps(model, batches, optimizer, loss).items()}
-
-
-def _update(optimizer: str) -> Callable[[Tensor], Tensor]:
-    if optimizer not in FIRST_UPDATES:
-        known = ", ".join(FIRST_UPDATES)
-        raise SpecError(f"optimizer must be one of {known}, found {optimizer!r}{nearest(optimizer, FIRST_UPDATES)}")
-    return FIRST_UPDATES[optimizer]
+    alignments = every_first_step(model, batches, (optimizer,), loss)[optimizer]
+    return {name: site.cosine for name, site in alignments.items()}

@@ -10,7 +10,7 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import SpecError
-from rankwise.methods import nearest
+from rankwise.methods import row
 from rankwise.shapes import Float
 
 _ROWS_OF = 2**18  # numbers that are folded at a time
@@ -22,7 +22,7 @@ def relative_size(delta: LowRank, weight: Float[Tensor, "out in"]) -> float:
     Raises:
         SpecError: shapes that do not fit.
     """
-    _check_fits("relative_size", delta, weight)
+    check_fits("relative_size", delta, weight)
     norm = float(torch.linalg.matrix_norm(weight.detach().float()))
     return float(delta.norm()) / norm if norm else float("inf")
 
@@ -86,12 +86,8 @@ def merge_loss(delta: LowRank, weight: Float[Tensor, "out in"], storage: str = "
     Raises:
         SpecError: an unknown storage, or shapes that do not fit.
     """
-    if storage not in STORAGES:
-        raise SpecError(
-            f"storage: expected one of {', '.join(STORAGES)}, found {storage!r}{nearest(storage, STORAGES)}"
-        )
-    _check_fits("merge_loss", delta, weight)
-    stored, squares = STORAGES[storage], torch.zeros(2, dtype=torch.float64)
+    stored, squares = row(STORAGES, storage, "storage"), torch.zeros(2, dtype=torch.float64)
+    check_fits("merge_loss", delta, weight)
     step = max(_ROWS_OF // weight.shape[1], 1)
     if storage == "nf4" and (step * weight.shape[1]) % _NF4_BLOCK:
         step = -(-step // _NF4_BLOCK) * _NF4_BLOCK  # so that pieces end where blocks do
@@ -124,7 +120,7 @@ def intruder_dimensions(
     Raises:
         SpecError: shapes that do not fit, k or ε out of range.
     """
-    _check_fits("intruder_dimensions", delta, weight)
+    check_fits("intruder_dimensions", delta, weight)
     if not 1 <= k <= min(weight.shape) or not 0 < epsilon <= 1:
         raise SpecError(
             f"intruder_dimensions: expected k from 1 to {min(weight.shape)} and 0 < ε ≤ 1, found {k} and {epsilon}"
@@ -139,14 +135,19 @@ def _cosines(vectors: Float[Tensor, "out k"], weight: Float[Tensor, "out in"]) -
     """|cos| between these vectors and every left singular vector of the weight that has a singular value."""
     out, into = weight.shape
     if out <= into:
-        own: Tensor = torch.linalg.eigh(weight @ weight.T)[1]
-        return (vectors.T @ own).abs()
+        left: Tensor = torch.linalg.eigh(weight @ weight.T)[1]
+        return (vectors.T @ left).abs()
     squares, right = torch.linalg.eigh(weight.T @ weight)
     there = squares > squares[-1].clamp_min(0) * into * torch.finfo(squares.dtype).eps
     cosines: Tensor = (vectors.T @ weight) @ right[:, there] / squares[there].sqrt()  # u_i = W v_i / σ_i
     return cosines.abs()
 
 
-def _check_fits(what: str, delta: LowRank, weight: Float[Tensor, "out in"]) -> None:
+def check_fits(what: str, delta: LowRank, weight: Float[Tensor, "out in"]) -> None:
+    """Refuse a weight of another shape than the change's.
+
+    Raises:
+        SpecError: as it says.
+    """
     if delta.shape != tuple(weight.shape):
         raise SpecError(f"{what}: expected a weight of delta's shape {delta.shape}, found {tuple(weight.shape)}")

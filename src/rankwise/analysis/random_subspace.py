@@ -17,14 +17,6 @@ from rankwise.shapes import Float, Int
 from rankwise.sites import site_generator
 
 
-class SharedPoint(nn.Module):
-    """θ_d, the point of the subspace that all projected weights share."""
-
-    def __init__(self, dimension: int) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.zeros(dimension))
-
-
 class ProjectedWeight(nn.Module):
     """W = W₀ + λ c · P θ_d for one layer: a parametrisation of its weight.
 
@@ -33,23 +25,29 @@ class ProjectedWeight(nn.Module):
     paper takes Fastfood for P, as a dense Gaussian would not fit; Li 2018 compares dense, sparse and Fastfood.)
 
     Attributes:
+        theta: θ_d, the point of the subspace; one tensor that all projected weights share.
         picks: h(i), plus d where the sign is negative: an index into [θ, −θ].
         gain: λ, trained with ``layer_scales`` (the paper's SAID), else None (DID).
     """
 
-    def __init__(self, point: SharedPoint, picks: Int[Tensor, "out in"], c: float, *, layer_scale: bool) -> None:
+    def __init__(self, theta: nn.Parameter, picks: Int[Tensor, "out in"], c: float, *, layer_scale: bool) -> None:
         super().__init__()
-        self.point = point
+        self.theta = theta
         self.c = c
         self.register_buffer("picks", picks)
         self.gain = nn.Parameter(torch.ones(())) if layer_scale else None
 
     def forward(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """W from W₀."""
-        theta = self.point.theta
         assert isinstance(self.picks, Tensor)
         # index_select's gradient adds up fifty times faster than an index expression's.
-        step = torch.cat([theta, -theta]).mul(self.c).to(weight).index_select(0, self.picks.flatten()).view_as(weight)
+        step = (
+            torch.cat([self.theta, -self.theta])
+            .mul(self.c)
+            .to(weight)
+            .index_select(0, self.picks.flatten())
+            .view_as(weight)
+        )
         return weight + (step if self.gain is None else step * self.gain.to(weight))
 
 
@@ -86,20 +84,20 @@ def train_in_random_subspace(
     for name, layer in layers.items():
         weight = layer._parameters.get("weight")
         if weight is None or not weight.is_floating_point() or parametrize.is_parametrized(layer):
-            found = type(layer).__name__
-            raise AttachError(f"{name}: expected a plain floating point weight to project, found a {found}")
-    sizes = {name: layer.get_parameter("weight").numel() for name, layer in layers.items()}
-    total, own = sum(sizes.values()), dimension - (len(layers) if layer_scales else 0)
-    if not 1 <= own <= total:
-        room = f"from {dimension - own + 1} to {total:,}"
+            kind = type(layer).__name__
+            raise AttachError(f"{name}: expected a plain floating point weight to project, found a {kind}")
+    total = sum(layer.get_parameter("weight").numel() for layer in layers.values())
+    shared = dimension - (len(layers) if layer_scales else 0)
+    if not 1 <= shared <= total:
+        room = f"from {dimension - shared + 1} to {total:,}"
         raise SpecError(f"dimension: expected {room} for {len(layers)} layers, found {dimension}")
     model.requires_grad_(False)
     device = next(iter(layers.values())).get_parameter("weight").device
-    point = SharedPoint(own).to(device)
+    theta = nn.Parameter(torch.zeros(shared, device=device))
     for name, layer in layers.items():
         weight = layer.get_parameter("weight")
-        picks = torch.randint(2 * own, weight.shape, generator=site_generator(seed, name), dtype=torch.int32)
-        projected = ProjectedWeight(point, picks.to(device), math.sqrt(own / total), layer_scale=layer_scales)
+        picks = torch.randint(2 * shared, weight.shape, generator=site_generator(seed, name), dtype=torch.int32)
+        projected = ProjectedWeight(theta, picks.to(device), math.sqrt(shared / total), layer_scale=layer_scales)
         parametrize.register_parametrization(layer, "weight", projected)
     return model
 

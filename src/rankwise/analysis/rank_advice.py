@@ -84,7 +84,7 @@ def advise_ranks(spectra: Mapping[str, StepSpectrum], shapes: Mapping[str, tuple
     def bargain(name: str) -> tuple[float, str]:  # the best is the smallest
         return -float(spectra[name].gains[ranks[name]]) / costs[name], name
 
-    offers = [bargain(name) for name, each in spectra.items() if len(each.gains) > 1]
+    offers = [bargain(name) for name, spectrum in spectra.items() if len(spectrum.gains) > 1]
     heapq.heapify(offers)
     while offers:
         _, name = heapq.heappop(offers)
@@ -94,11 +94,11 @@ def advise_ranks(spectra: Mapping[str, StepSpectrum], shapes: Mapping[str, tuple
         ranks[name] += 1
         if ranks[name] < len(spectra[name].gains):
             heapq.heappush(offers, bargain(name))
-    equal = min(max(budget // sum(costs.values()), 1), max(len(each.gains) for each in spectra.values()))
+    equal = min(max(budget // sum(costs.values()), 1), max(len(spectrum.gains) for spectrum in spectra.values()))
     return RankAdvice(ranks, spent, _captured(spectra, ranks), equal, _captured(spectra, dict.fromkeys(spectra, equal)))
 
 
 def _captured(spectra: Mapping[str, StepSpectrum], ranks: Mapping[str, int]) -> float:
     """Share of all layers' energy."""
     kept = sum(float(spectra[name].gains[:rank].sum()) for name, rank in ranks.items())
-    return kept / sum(each.energy for each in spectra.values())
+    return kept / sum(spectrum.energy for spectrum in spectra.values())

@@ -8,6 +8,7 @@ from torch import Tensor
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.algebra.svd import truncated_svd
+from rankwise.analysis.change import check_fits
 from rankwise.errors import SpecError
 from rankwise.shapes import Float, Int
 
@@ -114,8 +115,7 @@ def amplification(
     >>> round(amplification(delta, torch.full((4, 3), 2.0)).factor, 3)
     3.0
     """
-    if delta.shape != tuple(weight.shape):
-        raise SpecError(f"amplification: expected a weight of delta's shape {delta.shape}, found {tuple(weight.shape)}")
+    check_fits("amplification", delta, weight)
     weight = at_least_fp32(weight.detach())
     with torch.no_grad():
         u, s, v = LowRank(delta.B.to(weight), delta.A.to(weight), delta.scale).svd()
@@ -124,13 +124,13 @@ def amplification(
         if not 0 < k <= full:
             raise SpecError(f"amplification: rank must be from 1 to that of delta, which is {full}, found {k}")
         generator = torch.Generator().manual_seed(seed)
-        own = truncated_svd(weight, k, generator)[1]
+        strongest = truncated_svd(weight, k, generator)[1]
         random_u, random_v = (torch.linalg.qr(torch.randn(n, k, generator=generator)).Q.to(weight) for n in delta.shape)
         return Amplification(
             rank=k,
             change=float(torch.linalg.vector_norm(s)),
             along_change=_projected(weight, u[:, :k], v[:, :k]),
-            along_weight=float(torch.linalg.vector_norm(own)),
+            along_weight=float(torch.linalg.vector_norm(strongest)),
             along_random=_projected(weight, random_u, random_v),
         )
 

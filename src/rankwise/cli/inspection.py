@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.inspection.inspection import Inspection, SiteFacts
+from rankwise.inspection.facts import Inspection, SiteFacts
 
 _COLOURS = {"yes": "green", "after export": "yellow", "no": "red"}
 

@@ -1,14 +1,8 @@
 """Evidence: what an initialisation must have seen, of the training data or of the original weights."""
 
-from rankwise.evidence.activations import (
-    InputCovariance,
-    InputDirections,
-    activations,
-    covariances,
-)
-from rankwise.evidence.collecting import collect
+from rankwise.evidence.activations import InputCovariance, InputDirections, activations, covariances
+from rankwise.evidence.collecting import collect, collect_gradients, gradients
 from rankwise.evidence.exact import ExactGradient, exact_gradients
-from rankwise.evidence.gradients import collect_gradients, gradients
 from rankwise.evidence.sketch import SketchedGradient
 from rankwise.evidence.weights import weights
 

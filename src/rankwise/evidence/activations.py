@@ -102,7 +102,7 @@ def input_directions(
 ) -> dict[str, InputDirections]:
     """:func:`activations` for layers that are already chosen, each with its own number of directions."""
     running = {name: RunningSVD(ranks[name] + EXTRA_DIRECTIONS) for name in layers}
-    run_inputs(model, layers, batches, forward, running)
+    _run_inputs(model, layers, batches, forward, running)
     for name in layers:
         running[name].join()
     return {name: running[name].leading(ranks[name], name) for name in layers}
@@ -113,7 +113,7 @@ def input_covariances(
 ) -> dict[str, InputCovariance]:
     """:func:`covariances` for layers that are already chosen."""
     running = {name: RunningCovariance(kind_of(layer).shape(layer)[1]) for name, layer in layers.items()}
-    run_inputs(model, layers, batches, forward, running)
+    _run_inputs(model, layers, batches, forward, running)
     return {name: running[name].result(name) for name in layers}
 
 
@@ -202,53 +202,41 @@ def _check_count(name: str, count: int, needed: int) -> None:
         )
 
 
-def run_inputs(
+def _run_inputs(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Iterable[Any],
     forward: Forward | None,
-    running: Mapping[str, RunningSVD] | Mapping[str, RunningCovariance],
+    running: Mapping[str, RunningSVD | RunningCovariance],
 ) -> None:
     """Forward over the batches, each layer's inputs [n, in] going to its accumulator, padding left out."""
-    run = forward or run_forward
-    inputs = _Inputs(running)
-    with failing_together(), undisturbed(model), hooked(layers, inputs.hook), torch.no_grad():
-        for batch in each_batch(batches):
-            inputs.mask = _mask(batch)
-            run(model, batch)
+    mask: Tensor | None = None
 
-
-class _Inputs:
-    """Where the hooks on the layers find the batch's mask and their accumulators."""
-
-    def __init__(self, running: Mapping[str, RunningSVD] | Mapping[str, RunningCovariance]) -> None:
-        self.running = running
-        self.mask: Tensor | None = None
-
-    def hook(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Hand a layer's input on."""
-        rows = _unmasked(_rows(name, layer, layer_input(args, kwargs)), self.mask)
+    def take(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        rows = _rows(name, layer, layer_input(args, kwargs), mask)
         if not bool(torch.isfinite(rows).all()):
             raise NonFiniteActivation(
                 f"{name}: its input holds NaN or infinity; look at the batches, or load the model in fp32 or bf16"
             )
         if len(rows):
-            self.running[name].add(rows)
+            running[name].add(rows)
+
+    with failing_together(), undisturbed(model), hooked(layers, take), torch.no_grad():
+        for batch in each_batch(batches):
+            mask = _mask(batch)
+            (forward or run_forward)(model, batch)
 
 
-def _rows(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+def _rows(name: str, layer: nn.Module, x: Tensor, mask: Tensor | None) -> Float[Tensor, "n in"]:
+    """The layer's input vectors, without those that are padding."""
     try:
-        rows = kind_of(layer).inputs(layer, x.detach())
+        rows = at_least_fp32(kind_of(layer).inputs(layer, x.detach()))
     except EvidenceError as error:
         raise EvidenceError(f"{name}: {error}") from None
-    return at_least_fp32(rows)
+    return rows if mask is None or len(mask) != len(rows) else rows[mask.to(rows.device)]
 
 
 def _mask(batch: Any) -> Tensor | None:
     """True where a token is real, one entry a token; None where the batch does not say."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.flatten().bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _unmasked(rows: Float[Tensor, "n in"], mask: Tensor | None) -> Float[Tensor, "m in"]:
-    return rows if mask is None or len(mask) != len(rows) else rows[mask.to(rows.device)]

@@ -49,6 +49,15 @@ def run_backward(
     return total(count)
 
 
+def no_gradient(name: str) -> NoGradient:
+    """The error for a layer that got none, in any process."""
+    return NoGradient(
+        f"{name}: no gradient reached this layer (its output does not influence the loss, or its weight is used past "
+        f"its forward); expected a non-zero gradient from every adapted layer: name it in exclude_modules, or check "
+        f"the labels of the batches"
+    )
+
+
 def _single(value: Any, number: int) -> Tensor:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value
@@ -94,17 +103,13 @@ class _Watched(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
-        ctx.show(_kept(ctx), grad_y)
+        try:
+            (x,) = ctx.saved_tensors
+        except RuntimeError as error:  # autograd's own check
+            if "inplace operation" not in str(error):
+                raise
+            raise EvidenceError(
+                f"{ctx.name}: its input was changed in place after the layer ran; its gradient is lost"
+            ) from None
+        ctx.show(x.detach(), grad_y)
         return grad_y, None, None, None, None
-
-
-def _kept(ctx: Any) -> Tensor:
-    try:
-        (x,) = ctx.saved_tensors
-    except RuntimeError as error:  # autograd's own check
-        if "inplace operation" not in str(error):
-            raise
-        raise EvidenceError(
-            f"{ctx.name}: its input was changed in place after the layer ran; its gradient is lost"
-        ) from None
-    return x.detach()  # type: ignore[no-any-return]

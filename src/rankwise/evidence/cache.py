@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rankwise.collection import Collection
@@ -17,7 +17,7 @@ from rankwise.evidence.exact import ExactGradient
 from rankwise.evidence.processes import everyones, process_number
 from rankwise.evidence.sketch import SketchedGradient
 from rankwise.evidence.undisturbed import each_batch, undisturbed
-from rankwise.tensor_files import read_tensors, write_tensors
+from rankwise.tensor_files import read_metadata, read_tensors, write_tensors
 
 Gradients = Mapping[str, ExactGradient] | Mapping[str, SketchedGradient]
 Fingerprint = dict[str, str]
@@ -114,9 +114,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _check(path: Path, expected: Fingerprint) -> None:
     try:
-        with safe_open(path, framework="pt") as stream:
-            written = (stream.metadata() or {}).get(_KEY)
-        settings = json.loads(written or "")
+        settings = json.loads(read_metadata(path).get(_KEY, ""))
     except (SafetensorError, OSError, ValueError) as error:  # whatever a file of another kind leads the reader to
         raise BrokenFile(f"{path}: not a file of cached gradients ({error}); name another cache") from None
     for key, what in _WHAT.items():
@@ -128,21 +126,18 @@ def _check(path: Path, expected: Fingerprint) -> None:
 
 
 def _packed(evidence: Gradients) -> dict[str, Tensor]:
-    tensors = {}
-    for name, gradient in evidence.items():
-        if isinstance(gradient, ExactGradient):
-            tensors[f"{name}.matrix"] = gradient.matrix
-        else:
-            tensors |= {f"{name}.U": gradient.U, f"{name}.S": gradient.S, f"{name}.V": gradient.V}
-            tensors[f"{name}.missed"] = torch.tensor(gradient.missed, dtype=torch.float64)
-    return tensors
+    return {
+        f"{name}.{part}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        for name, gradient in evidence.items()
+        for part, value in vars(gradient).items()
+    }
 
 
 def _unpacked(tensors: Mapping[str, Tensor]) -> Gradients:
-    by_name: dict[str, dict[str, Tensor]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
-        by_name.setdefault(name, {})[part] = tensor
+        by_name.setdefault(name, {})[part] = tensor if tensor.dim() else float(tensor)
     if all("matrix" in parts for parts in by_name.values()):
-        return {name: ExactGradient(parts["matrix"]) for name, parts in by_name.items()}
-    return {name: SketchedGradient(p["U"], p["S"], p["V"], float(p["missed"])) for name, p in by_name.items()}
+        return {name: ExactGradient(**parts) for name, parts in by_name.items()}
+    return {name: SketchedGradient(**parts) for name, parts in by_name.items()}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.algebra.svd import truncated_svd
-from rankwise.errors import NoGradient, NonFiniteGradient
-from rankwise.evidence.backward import Loss, run_backward
+from rankwise.errors import NonFiniteGradient
+from rankwise.evidence.backward import Loss, no_gradient, run_backward
 from rankwise.evidence.processes import summed
 from rankwise.layers.kinds import kind_of
 from rankwise.shapes import Float
@@ -48,38 +48,22 @@ def exact_gradients(
     device: torch.device | str | None = None,
 ) -> dict[str, ExactGradient]:
     """:func:`rankwise.gradients` for layers that are already chosen, all in one pass."""
-    sums = _Sums(device)
-    count = run_backward(model, layers, batches, loss, sums.add)
-    return {name: sums.result(name, layer, count) for name, layer in layers.items()}
+    sums: dict[str, Tensor] = {}
 
+    def add(name: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
+        G = kind_of(layer).gradient(layer, x, grad_y).to(device)
+        sums[name] = sums[name].add_(G) if name in sums else G
 
-class _Sums:
-    """Σ dYᵀX of each layer while batches come in."""
-
-    def __init__(self, device: torch.device | str | None) -> None:
-        self.device = device
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
-        G = kind_of(layer).gradient(layer, x, grad_y).to(self.device)
-        self.sums[name] = self.sums[name].add_(G) if name in self.sums else G
-
-    def result(self, name: str, layer: nn.Module, count: int) -> ExactGradient:
-        """The mean over all processes' ``count`` batches."""
-        unseen = name not in self.sums  # by this process
-        G = summed(torch.zeros(kind_of(layer).shape(layer), device=self.device) if unseen else self.sums.pop(name))
-        _check_gradient(name, G)
-        return ExactGradient(G.div_(count))
-
-
-def _check_gradient(name: str, grad: Tensor) -> None:
-    if not bool(grad.any()):
-        raise NoGradient(
-            f"{name}: no gradient reached this layer (its output does not influence the loss, or its weight is used "
-            f"past its forward); expected a non-zero gradient from every adapted layer: name it in exclude_modules, "
-            f"or check the labels of the batches"
-        )
-    if not bool(torch.isfinite(grad).all()):
-        raise NonFiniteGradient(
-            f"{name}: its gradient holds NaN or infinity; look at the batches, or load the model in fp32 or bf16"
-        )
+    count = run_backward(model, layers, batches, loss, add)
+    evidence: dict[str, ExactGradient] = {}
+    for name, layer in layers.items():
+        unseen = name not in sums  # by this process
+        G = summed(torch.zeros(kind_of(layer).shape(layer), device=device) if unseen else sums.pop(name))
+        if not bool(G.any()):
+            raise no_gradient(name)
+        if not bool(torch.isfinite(G).all()):
+            raise NonFiniteGradient(
+                f"{name}: its gradient holds NaN or infinity; look at the batches, or load the model in fp32 or bf16"
+            )
+        evidence[name] = ExactGradient(G.div_(count))
+    return evidence

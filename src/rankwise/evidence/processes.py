@@ -28,9 +28,8 @@ def process_number() -> int:
 
 def everyones(value: T) -> list[T]:
     """Every process's value; tensors travel on the CPU."""
-    values = [value]
-    if process_count() > 1:
-        values = values * process_count()
+    values = [value] * process_count()
+    if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 

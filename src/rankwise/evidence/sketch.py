@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank
 from rankwise.collection import PROBES
-from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
-from rankwise.evidence.backward import Loss, run_backward
+from rankwise.errors import EvidenceError, NonFiniteGradient
+from rankwise.evidence.backward import Loss, no_gradient, run_backward
 from rankwise.evidence.processes import everyones, process_count, summed, total
 from rankwise.evidence.undisturbed import repeatable
 from rankwise.layers.increments import Increment
@@ -190,9 +190,7 @@ class _Factors:
         """
         for name in self.layers:
             if not total(int(name in self.factors)):
-                raise NoGradient(
-                    f"{name}: no gradient reached this layer; name it in exclude_modules, or check the labels"
-                )
+                raise no_gradient(name)
             if name not in self.factors:  # other processes have seen it
                 self.factors[name] = self._begin(name, torch.device("cpu"))
             self.factors[name].join()

@@ -1,7 +1,7 @@
 """What every collection of evidence shares: batches through a model that is left exactly as it was."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -76,14 +76,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def hooked(layers: Mapping[str, nn.Module], hook: Hook) -> Iterator[None]:
     """A forward hook (name, layer, args, kwargs, output) on each layer, taken off again whatever happens."""
-    handles = []
-    try:
+    with ExitStack() as handles:
         for name, layer in layers.items():
-            handles.append(layer.register_forward_hook(partial(hook, name), with_kwargs=True))
+            handles.enter_context(layer.register_forward_hook(partial(hook, name), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

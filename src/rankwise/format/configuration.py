@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.errors import BrokenFile, SpecError, TargetError, UnsafeFile, UnsupportedAdapter
-from rankwise.format.names import FORMAT_VERSION, OWN
+from rankwise.base_probe import read_probes
+from rankwise.errors import BrokenFile, MissingTensor, SpecError, UnsafeFile, UnsupportedAdapter
+from rankwise.files import read_json
+from rankwise.format.names import EXTRA, FORMAT_VERSION, OWN, TENSORS
 from rankwise.methods import name_of, resolve
-from rankwise.patterns import pattern_values
-from rankwise.spec import LoRA, checked
+from rankwise.spec import checked
 from rankwise.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -42,50 +43,25 @@ _NO_MARKS = {
 }  # fmt: skip
 
 
-def check_supported(where: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration of an adapter that is not read here.
-
-    Raises:
-        UnsafeFile: it asks for code of its own. BrokenFile: it is no adapter's. UnsupportedAdapter: of another kind.
-    """
-    for name in _RUNS_CODE:
-        if config.get(name):
-            raise UnsafeFile(
-                f"{where}: {name} asks to run code that comes with the adapter; none is run here: remove it"
-            )
-    kind = config.get("peft_type")
-    if kind is None:
-        raise BrokenFile(f"{where}: no peft_type; expected 'LORA': this is not an adapter's configuration")
-    if kind not in ("LORA", "ADALORA"):
-        raise UnsupportedAdapter(f"{where}: peft_type is {kind!r}; expected 'LORA' or 'ADALORA'")
-    if config.get("bias", "none") != "none":
-        raise UnsupportedAdapter(f"{where}: bias is {config['bias']!r}; expected 'none' (trained biases are not read)")
-    for name, kinds in _TYPES.items():
-        if not isinstance(config.get(name), kinds | None):
-            raise BrokenFile(f"{where}: {name} is {config[name]!r}; expected {kinds.__name__} or null")
-    for name, value in _DEFAULTS.items():
-        if config.get(name, value) not in (value, [], {}):
-            raise UnsupportedAdapter(f"{where}: {name} is {config[name]!r}; expected {value!r}")
-
-
-def is_own(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration is that of a directory that rankwise alone reads."""
-    return str(config.get("peft_type")).startswith(OWN)
-
-
-def stated_fields(where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def stated_fields(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a spec that a configuration states, each in range.
 
+    Args:
+        source: the file, for the error.
+
     Raises:
-        SpecError: one is out of range.
+        UnsafeFile: it asks for code of its own. BrokenFile: it is no adapter's. UnsupportedAdapter: of a kind that is
+            not read here. SpecError: a field is out of range.
     """
+    _check_supported(source, config)
+    pruned = is_adalora(config)  # its rank_pattern lists which directions were kept, not ranks
     fields = {
         "rank": config.get("r", 8),
         "alpha": config.get("lora_alpha", 8),
         "target_modules": config.get("target_modules") or "all-linear",
-        "scaling": "rslora" if config.get("use_rslora") else "lora",
-        "rank_pattern": config.get("rank_pattern") or {},
-        "alpha_pattern": config.get("alpha_pattern") or {},
+        "scaling": "rslora" if config.get("use_rslora") and not pruned else "lora",
+        "rank_pattern": {} if pruned else config.get("rank_pattern") or {},
+        "alpha_pattern": {} if pruned else config.get("alpha_pattern") or {},
         "exclude_modules": config.get("exclude_modules") or (),
         "modules_to_save": config.get("modules_to_save") or (),
         "dropout": config.get("lora_dropout") or 0.0,
@@ -94,16 +70,38 @@ def stated_fields(where: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return {name: checked(name, value) for name, value in fields.items()}
     except SpecError as error:
-        raise SpecError(f"{where}: {error}") from None
+        raise SpecError(f"{source}: {error}") from None
 
 
-def spec_of(where: Path, config: Mapping[str, Any]) -> LoRA:
-    """What a configuration says, as a spec.
+def _check_supported(source: Path, config: Mapping[str, Any]) -> None:
+    for name in _RUNS_CODE:
+        if config.get(name):
+            raise UnsafeFile(
+                f"{source}: {name} asks to run code that comes with the adapter; none is run here: remove it"
+            )
+    kind = config.get("peft_type")
+    if kind is None:
+        raise BrokenFile(f"{source}: no peft_type; expected 'LORA': this is not an adapter's configuration")
+    if kind not in ("LORA", "ADALORA"):
+        raise UnsupportedAdapter(f"{source}: peft_type is {kind!r}; expected 'LORA' or 'ADALORA'")
+    if config.get("bias", "none") != "none":
+        raise UnsupportedAdapter(f"{source}: bias is {config['bias']!r}; expected 'none' (trained biases are not read)")
+    for name, kinds in _TYPES.items():
+        if not isinstance(config.get(name), kinds | None):
+            raise BrokenFile(f"{source}: {name} is {config[name]!r}; expected {kinds.__name__} or null")
+    for name, value in _DEFAULTS.items():
+        if config.get(name, value) not in (value, [], {}):
+            raise UnsupportedAdapter(f"{source}: {name} is {config[name]!r}; expected {value!r}")
 
-    Raises:
-        SpecError: a field is out of range.
-    """
-    return LoRA(**stated_fields(where, config))
+
+def is_own(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of a directory that rankwise alone reads."""
+    return str(config.get("peft_type")).startswith(OWN)
+
+
+def is_adalora(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT's AdaLoRA wrote it."""
+    return config.get("peft_type") == "ADALORA"
 
 
 def variant_marked(config: Mapping[str, Any]) -> str:
@@ -139,36 +137,25 @@ def pair_variants() -> dict[str, type[PairVariant]]:
     return {name: method.cls for name, method in VARIANTS.items() if issubclass(method.cls, PairVariant)}
 
 
-def check_extra(where: Path, extra: Mapping[str, Any]) -> None:
-    """Refuse a ``rankwise.json`` of another form.
+def read_extra(folder: Path, sites: Collection[str]) -> tuple[dict[str, Any], dict[str, tuple[float, ...]]]:
+    """What ``rankwise.json`` says, where there is one, and the probe of the base in it.
+
+    Args:
+        sites: those that the directory has tensors for.
 
     Raises:
-        BrokenFile: as it says.
+        BrokenFile, UnsafeFile: it cannot be trusted, or is of another form. MissingTensor: it lists a site more.
     """
+    source = folder / EXTRA
+    extra = read_json(source) if source.is_file() else {}
     version, listed = extra.get("format_version", FORMAT_VERSION), extra.get("sites", [])
     if version != FORMAT_VERSION:
         raise BrokenFile(
-            f"{where}: format_version is {version!r}, expected {FORMAT_VERSION}; a newer rankwise wrote it"
+            f"{source}: format_version is {version!r}, expected {FORMAT_VERSION}; a newer rankwise wrote it"
         )
     if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
-        raise BrokenFile(f"{where}: expected a list of module names under sites; delete the file or save anew")
-
-
-def ranks_and_alphas(
-    where: Path, fields: Mapping[str, Any], paths: list[str]
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha of each site that a file has.
-
-    Args:
-        fields: what the configuration states, see :func:`stated_fields`.
-
-    Raises:
-        SpecError: a pattern takes too long.
-    """
-    try:
-        return (
-            pattern_values("rank_pattern key", fields["rank_pattern"], paths, fields["rank"]),
-            pattern_values("alpha_pattern key", fields["alpha_pattern"], paths, fields["alpha"]),
-        )
-    except TargetError as error:
-        raise SpecError(f"{where}: {error}") from None
+        raise BrokenFile(f"{source}: expected a list of module names under sites; delete the file or save anew")
+    missing = [path for path in listed if path not in sites]
+    if missing:
+        raise MissingTensor(f"{folder / TENSORS}: no tensors for {missing[0]}, which {EXTRA} lists; it is incomplete")
+    return extra, read_probes(source, extra)

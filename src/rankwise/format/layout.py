@@ -3,128 +3,160 @@
 Nothing here needs torch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
-from rankwise.errors import MissingTensor, ShapeMismatch, UnexpectedTensor, UnsupportedAdapter
-from rankwise.format.configuration import pair_variants
-from rankwise.format.names import BASE_COPY, CONFIG, EMBEDDING_PAIR, PAIR, site_and_suffix
+from rankwise.errors import MissingTensor, ShapeMismatch, SpecError, TargetError, UnexpectedTensor, UnsupportedAdapter
+from rankwise.format.adalora import as_plain_pair
+from rankwise.format.configuration import is_adalora, pair_variants
+from rankwise.format.names import BASE_COPY, CONFIG, EMBEDDING_PAIR, PAIR, TENSORS, site_and_suffix
+from rankwise.patterns import pattern_values
+from rankwise.scaling import declared
 
-
-@runtime_checkable
-class Shaped(Protocol):
-    """A tensor, an array, or what a header says of one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+T = TypeVar("T")
 
 
-S = TypeVar("S", bound=Shaped)
-
-
-def by_site(where: Path, tensors: Mapping[str, S]) -> dict[str, dict[str, S]]:
+def by_site(source: Path, tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """Module path → file suffix → tensor.
 
     Raises:
         UnexpectedTensor: one is no site's. MissingTensor: there are none.
     """
-    sites: dict[str, dict[str, S]] = {}
+    sites: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
         path_and_suffix = site_and_suffix(key)
         if path_and_suffix is None:
-            raise stray(where, key, tensor)
+            raise stray(source, key, tensor)
         path, suffix = path_and_suffix
         sites.setdefault(path, {})[suffix] = tensor
     if not sites:
-        raise MissingTensor(f"{where}: holds no tensors; expected lora_A and lora_B of at least one module")
+        raise MissingTensor(f"{source}: holds no tensors; expected lora_A and lora_B of at least one module")
     return sites
 
 
-def stray(where: Path, key: str, tensor: Shaped) -> UnexpectedTensor:
-    """The error for a tensor that is no site's."""
-    return UnexpectedTensor(f"{where}: {key} {tuple(tensor.shape)} belongs to no adapter site; it is not read")
+def stray(source: Path, key: str, tensor: Any) -> UnexpectedTensor:
+    """The error for a tensor, an array, or what a header says of one, that is no site's."""
+    return UnexpectedTensor(f"{source}: {key} {tuple(tensor.shape)} belongs to no adapter site; it is not read")
 
 
-def pair_names(where: Path, path: str, suffixes: Iterable[str]) -> tuple[str, str]:
-    """The suffixes of a site's A and B.
+@dataclass(frozen=True, eq=False)
+class StoredSite:
+    """One site's part of a file, as tensors or as arrays.
 
-    Raises:
-        MissingTensor: one of them is not there.
+    Attributes:
+        kind: "linear" (a file cannot tell it from "conv1d"), "conv2d" or "embedding".
+        A, B: [r, in] and [out, r].
+        scale: of ΔW = scale · B A.
+        kernel: the axes that ``in`` unfolds to, (in/groups, kh, kw) for a convolution, else ().
+        groups: of a grouped convolution.
+        extra: what stands beside the pair, by file suffix.
     """
-    present = set(suffixes)
-    A, B = EMBEDDING_PAIR if present.intersection(EMBEDDING_PAIR) else PAIR
-    for name, other in ((A, B), (B, A)):
-        if name not in present:
-            raise MissingTensor(f"{where}: {path} has {other} but no {name}; expected both halves of the pair")
-    return A, B
+
+    kind: str
+    A: Any
+    B: Any
+    scale: float
+    kernel: tuple[int, ...]
+    groups: int
+    extra: dict[str, Any]
 
 
-def check_beside(where: Path, path: str, suffixes: Iterable[str], variant: str) -> None:
-    """What stands beside a pair must be the variant's; loading the rest would be another function.
-
-    Raises:
-        UnexpectedTensor: it is not.
-    """
-    for suffix in suffixes:
-        if suffix == BASE_COPY or suffix in pair_variants()[variant].tensors:
-            continue
-        marks = [other.marks for other in pair_variants().values() if suffix in other.tensors]
-        hint = f"; {CONFIG} does not say {', '.join(marks[0])}" if marks else ""
-        raise UnexpectedTensor(f"{where}: {path} has {suffix}, which the configured adapter does not have{hint}")
-
-
-def check_pair(
-    where: Path, path: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[str, str], rank: int
-) -> None:
-    """Refuse an A and a B that do not go together.
+class SiteReader:
+    """What a configuration says of each site of a file, and what it makes of the site's tensors.
 
     Args:
-        shapes, dtypes: of A and of B.
+        fields: what the configuration states, see :func:`rankwise.format.configuration.stated_fields`.
+        paths: of the modules that the file has tensors for.
 
     Raises:
-        ShapeMismatch: as it says.
+        SpecError: a pattern takes too long.
     """
-    A, B = shapes
-    fits = len(A) == len(B) and len(A) in (2, 4) and A[0] == rank
-    fits = fits and (B[1] == rank or (len(A) == 4 and B[1] > 0 and rank % B[1] == 0))
-    fits = fits and all(size == 1 for size in B[2:])
-    if not fits or not all(map(is_floating, dtypes)):
-        raise ShapeMismatch(
-            f"{where}: {path}: lora_A {A} {dtypes[0]} and lora_B {B} {dtypes[1]} do not make a pair of rank {rank}, "
-            f"which {CONFIG} gives; expected ({rank}, in) and (out, {rank})"
-        )
 
+    def __init__(self, folder: Path, config: Mapping[str, Any], fields: Mapping[str, Any], paths: list[str]) -> None:
+        self.source, self.config, self.fields = folder / TENSORS, config, fields
+        try:
+            self.ranks = pattern_values("rank_pattern key", fields["rank_pattern"], paths, fields["rank"])
+            self.alphas = pattern_values("alpha_pattern key", fields["alpha_pattern"], paths, fields["alpha"])
+        except TargetError as error:
+            raise SpecError(f"{folder / CONFIG}: {error}") from None
 
-def is_floating(dtype: str) -> bool:
-    """Whether a type's name, torch's or safetensors', is that of floating-point numbers."""
-    return dtype.removeprefix("torch.").lower().startswith(("f", "bf"))
+    def site(self, path: str, tensors: Mapping[str, Any]) -> StoredSite:
+        """The site at a module path.
 
+        Args:
+            tensors: file suffix → tensor or array.
 
-def shared_A(where: Path, path: str, A: Any, groups: int) -> Any:
-    """(groups·r, in, kh, kw) as (r, in/groups, kh, kw): PEFT's lora_A sees all channels, so A stands once per group.
+        Raises:
+            MissingTensor, UnexpectedTensor, ShapeMismatch, UnsupportedAdapter: they do not make one.
+            SpecError: AdaLoRA's alpha is out of range.
+        """
+        rank, alpha = self.ranks[path], self.alphas[path]
+        if is_adalora(self.config):
+            tensors = as_plain_pair(self.source, path, self.config, tensors)
+            rank = alpha = tensors["lora_A"].shape[0]
+        pair = EMBEDDING_PAIR if not tensors.keys().isdisjoint(EMBEDDING_PAIR) else PAIR
+        for name, other in (pair, pair[::-1]):
+            if name not in tensors:
+                raise MissingTensor(
+                    f"{self.source}: {path} has {other} but no {name}; expected both halves of the pair"
+                )
+        A, B = (tensors[name] for name in pair)
+        extra = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in pair}
+        self._check_extra(path, extra)
+        self._check_pair(path, A, B, rank)
+        groups = rank // B.shape[1]  # a grouped convolution's B has rank/groups columns
+        kind = "embedding" if pair == EMBEDDING_PAIR else "conv2d" if len(A.shape) == 4 else "linear"
+        A = self._shared_A(path, A, groups)
+        kernel = tuple(A.shape[1:]) if kind == "conv2d" else ()
+        scale = declared(self.fields["scaling"] == "rslora")(alpha, rank)
+        return StoredSite(kind, A.reshape(len(A), -1), B.reshape(-1, B.shape[1]), scale, kernel, groups, extra)
 
-    Args:
-        A: a tensor or an array.
+    def _check_extra(self, path: str, extra: Mapping[str, Any]) -> None:
+        """What stands beside a pair must be the variant's; loading the rest would be another function."""
+        for suffix in sorted(extra.keys() - {BASE_COPY}):
+            variants = pair_variants()
+            if suffix not in variants[self.fields["variant"]].tensors:
+                marks = [other.marks for other in variants.values() if suffix in other.tensors]
+                hint = f"; {CONFIG} does not say {', '.join(marks[0])}" if marks else ""
+                raise UnexpectedTensor(
+                    f"{self.source}: {path} has {suffix}, which the configured adapter does not have{hint}"
+                )
 
-    Raises:
-        ShapeMismatch: the channels do not divide into groups.
-        UnsupportedAdapter: A mixes channels across groups, so ΔW is no grouped convolution.
-    """
-    if groups == 1:
-        return A
-    if A.shape[1] % groups:
-        raise ShapeMismatch(
-            f"{where}: {path}: lora_A {tuple(A.shape)} has {A.shape[1]} channels, which do not divide into the "
-            f"{groups} groups that lora_B's columns tell of"
-        )
-    blocks = A.reshape(groups, -1, groups, A.shape[1] // groups, *A.shape[2:])
-    shared = blocks[0, :, 0]
-    places = product(range(groups), repeat=2)
-    if not all(bool((blocks[i, :, j] == (shared if i == j else 0)).all()) for i, j in places):
-        raise UnsupportedAdapter(
-            f"{where}: {path}: its lora_A mixes channels across the {groups} groups of the convolution, so it cannot "
-            f"be folded into the weight; expected one A shared by all groups"
-        )
-    return shared
+    def _check_pair(self, path: str, A: Any, B: Any, rank: int) -> None:
+        """Refuse an A and a B that do not go together."""
+        shape_A, shape_B, dtypes = tuple(A.shape), tuple(B.shape), (str(A.dtype), str(B.dtype))
+        fits = len(shape_A) == len(shape_B) and len(shape_A) in (2, 4) and shape_A[0] == rank
+        fits = fits and (shape_B[1] == rank or (len(shape_A) == 4 and shape_B[1] > 0 and rank % shape_B[1] == 0))
+        fits = fits and all(size == 1 for size in shape_B[2:])
+        if not fits or not all("float" in dtype for dtype in dtypes):
+            raise ShapeMismatch(
+                f"{self.source}: {path}: lora_A {shape_A} {dtypes[0]} and lora_B {shape_B} {dtypes[1]} do not make a "
+                f"pair of rank {rank}, which {CONFIG} gives; expected ({rank}, in) and (out, {rank})"
+            )
+
+    def _shared_A(self, path: str, A: Any, groups: int) -> Any:
+        """(groups·r, in, kh, kw) as (r, in/groups, kh, kw): PEFT's lora_A sees all channels, so A is there per group.
+
+        Raises:
+            ShapeMismatch: the channels do not divide into groups.
+            UnsupportedAdapter: A mixes channels across groups, so ΔW is no grouped convolution.
+        """
+        if groups == 1:
+            return A
+        if A.shape[1] % groups:
+            raise ShapeMismatch(
+                f"{self.source}: {path}: lora_A {tuple(A.shape)} has {A.shape[1]} channels, which do not divide into "
+                f"the {groups} groups that lora_B's columns tell of"
+            )
+        blocks = A.reshape(groups, -1, groups, A.shape[1] // groups, *A.shape[2:])
+        shared = blocks[0, :, 0]
+        places = product(range(groups), repeat=2)
+        if not all(bool((blocks[i, :, j] == (shared if i == j else 0)).all()) for i, j in places):
+            raise UnsupportedAdapter(
+                f"{self.source}: {path}: its lora_A mixes channels across the {groups} groups of the convolution, so "
+                f"it cannot be folded into the weight; expected one A shared by all groups"
+            )
+        return shared

@@ -4,24 +4,23 @@ PEFT's file names, under a ``peft_type`` that PEFT refuses by name.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.base_probe import read_probes
-from rankwise.errors import BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, SpecError, UnexpectedTensor
+from rankwise.errors import BrokenFile, MissingTensor, ShapeMismatch, SpecError, UnexpectedTensor
 from rankwise.files import read_json, write_json
-from rankwise.format.base_layers import base_layer
+from rankwise.format.built import BuiltAdapter, base_layer, layer_tensors
 from rankwise.format.names import CONFIG, OWN, TENSORS
 from rankwise.layers.kinds import kind_of
 from rankwise.methods import name_of
 from rankwise.sites import Site, Start, base_modules, variant_generator
 from rankwise.spec import LoRA
-from rankwise.tensor_files import read_tensors, write_tensors
+from rankwise.tensor_files import check_fit, read_tensors, write_tensors
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import AdapterLayer, Variant
 
@@ -30,37 +29,15 @@ T = TypeVar("T")
 WHOLE = "modules_to_save."  # stands before the names of tensors that modules trained whole have
 
 
-@dataclass(frozen=True, eq=False)
-class OwnAdapter:
-    """What such a directory holds.
-
-    Attributes:
-        layers: site → its layer.
-        whole: the tensors of modules trained whole, by their names in the model.
-        base_probe: see :class:`rankwise.adapter.Adapter`.
-    """
-
-    spec: LoRA
-    layers: Mapping[str, AdapterLayer]
-    whole: Mapping[str, Tensor]
-    base_probe: Mapping[str, tuple[float, ...]]
-
-
-def write_own_form(adapter: OwnAdapter, directory: str | Path) -> None:
-    """``<module path>.<name in the layer>`` of each site, the spec, and a probe of the base.
+def write_own_form(adapter: BuiltAdapter, directory: str | Path) -> None:
+    """The tensors of each site, the spec, and a probe of the base.
 
     Raises:
         NonFiniteTensor: a tensor holds NaN or infinity; nothing is written.
     """
     folder = Path(directory)
-    tensors = {
-        f"{path}.{key}": value for path, layer in adapter.layers.items() for key, value in layer.state_dict().items()
-    }
-    tensors |= {f"{WHOLE}{key}": value for key, value in adapter.whole.items()}
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteTensor(f"{key} holds NaN or infinity, so {folder} was not written; the training diverged")
-    write_tensors(folder / TENSORS, tensors, {})
+    whole = {f"{WHOLE}{key}": tensor for key, tensor in adapter.whole.items()}
+    write_tensors(folder / TENSORS, layer_tensors(adapter.layers) | whole, {})
     content = {
         "peft_type": OWN + name_of(VARIANTS, adapter.spec.variant).upper(),
         "spec": adapter.spec.to_dict(),
@@ -70,7 +47,7 @@ def write_own_form(adapter: OwnAdapter, directory: str | Path) -> None:
     write_json(folder / CONFIG, content)
 
 
-def read_own_form(model: nn.Module, directory: str | Path) -> OwnAdapter:
+def read_own_form(model: nn.Module, directory: str | Path) -> BuiltAdapter:
     """The adapter in such a directory, its layers made for ``model``.
 
     Raises:
@@ -79,19 +56,20 @@ def read_own_form(model: nn.Module, directory: str | Path) -> OwnAdapter:
     """
     folder = Path(directory)
     config, tensors = read_json(folder / CONFIG), read_tensors(folder / TENSORS)
-    spec, sites = configured(folder / CONFIG, config)
-    states = states_by_site(folder / TENSORS, tensors, sites)
+    spec, sites, probes = configured(folder / CONFIG, config)
     modules = base_modules(model)
-    layers = {
-        path: _restore(base_layer(modules, path, folder / TENSORS), spec, site, states[path], folder / TENSORS)
-        for path, site in sites.items()
-    }
-    whole = {key.removeprefix(WHOLE): value for key, value in tensors.items() if key.startswith(WHOLE)}
-    return OwnAdapter(spec, layers, whole, read_probes(folder / CONFIG, config))
+    layers = {path: _fresh_layer(modules, spec, site, folder / TENSORS) for path, site in sites.items()}
+    whole = {key.removeprefix(WHOLE): tensors.pop(key) for key in list(tensors) if key.startswith(WHOLE)}
+    state = layer_tensors(layers)
+    variant = name_of(VARIANTS, spec.variant)
+    check_fit(folder / TENSORS, tensors, state, f"variant {variant!r}", "the file is another adapter's, or incomplete")
+    for key, tensor in state.items():
+        tensor.copy_(tensors[key])
+    return BuiltAdapter(spec, layers, whole, probes)
 
 
-def configured(where: Path, config: Mapping[str, Any]) -> tuple[LoRA, dict[str, Site]]:
-    """The spec, and the sites by their names.
+def configured(source: Path, config: Mapping[str, Any]) -> tuple[LoRA, dict[str, Site], dict[str, tuple[float, ...]]]:
+    """The spec, the sites by their names, and the probe of the base.
 
     Raises:
         BrokenFile: the configuration is another.
@@ -101,11 +79,11 @@ def configured(where: Path, config: Mapping[str, Any]) -> tuple[LoRA, dict[str, 
         sites = {site["name"]: _site(**site) for site in config["sites"]}
     except (KeyError, TypeError, ValueError, SpecError) as error:
         raise BrokenFile(
-            f"{where}: expected a rankwise spec and its sites, found none that can be used ({error})"
+            f"{source}: expected a rankwise spec and its sites, found none that can be used ({error})"
         ) from None
     if not sites:
-        raise BrokenFile(f"{where}: lists no sites; expected one module at least")
-    return spec, sites
+        raise BrokenFile(f"{source}: lists no sites; expected one module at least")
+    return spec, sites, read_probes(source, config)
 
 
 def _site(name: str, kind: str, shape: list[int], rank: int, scale: float) -> Site:
@@ -116,7 +94,7 @@ def _site(name: str, kind: str, shape: list[int], rank: int, scale: float) -> Si
     return Site(name, kind, (out, into), rank, float(scale))
 
 
-def states_by_site(where: Path, tensors: Mapping[str, T], sites: Mapping[str, Any]) -> dict[str, dict[str, T]]:
+def states_by_site(source: Path, tensors: Mapping[str, T], sites: Mapping[str, Any]) -> dict[str, dict[str, T]]:
     """Site → name in its layer → tensor, or whatever else is known by the tensors' names.
 
     Raises:
@@ -128,38 +106,27 @@ def states_by_site(where: Path, tensors: Mapping[str, T], sites: Mapping[str, An
         if path is not None:
             states[path][key.removeprefix(f"{path}.")] = tensor
         elif not key.startswith(WHOLE):
-            raise UnexpectedTensor(f"{where}: {key} belongs to no adapter site; it is not read")
+            raise UnexpectedTensor(f"{source}: {key} belongs to no adapter site; it is not read")
     for path, state in states.items():
         if not state:
-            raise MissingTensor(f"{where}: no tensors for {path}, which {CONFIG} lists; it is incomplete")
+            raise MissingTensor(f"{source}: no tensors for {path}, which {CONFIG} lists; it is incomplete")
     return states
 
 
-def _restore(layer: Any, spec: LoRA, site: Site, state: Mapping[str, Tensor], where: Path) -> AdapterLayer:
-    """A new layer of the spec's variant, with the file's state in it."""
-    path, kind, variant = site.name, kind_of(layer), spec.variant
+def _fresh_layer(modules: Mapping[str, nn.Module], spec: LoRA, site: Site, source: Path) -> AdapterLayer:
+    """A new layer of the spec's variant, whose tensors the file's are to replace."""
+    layer = base_layer(modules, site.name, source)
+    kind, variant = kind_of(layer), spec.variant
     assert isinstance(variant, Variant)
     if (kind.name, kind.shape(layer)) != (site.kind, site.shape):
         raise ShapeMismatch(
-            f"{where}: {path} is a {site.kind} of {site.shape[0]} × {site.shape[1]} in the file and a {kind.name} of "
-            f"{kind.shape(layer)[0]} × {kind.shape(layer)[1]} in this model; it was written for another base"
+            f"{source}: {site.name} is a {site.kind} of {site.shape[0]} × {site.shape[1]} in the file and a "
+            f"{kind.name} of {kind.shape(layer)[0]} × {kind.shape(layer)[1]} in this model; it was written for another "
+            f"base"
         )
     variant.check_site(site, kind)
     weight = at_least_fp32(kind.weight(layer))
     (out, into), width = site.shape, variant.starting(site).rank
     zeros = Start(weight.new_zeros(width, into), weight.new_zeros(out, width))
-    start = variant.adjusted(zeros, variant_generator(spec.seed, path), default=True)
-    built = variant.build(site, kind, weight, start, spec.dropout)
-    expected = built.state_dict()
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing:
-        raise MissingTensor(f"{where}: {path} has no {missing[0]}; the file is incomplete")
-    if unknown:
-        raise UnexpectedTensor(f"{where}: {path}.{unknown[0]} is no part of variant {name_of(VARIANTS, variant)!r}")
-    for key, tensor in state.items():
-        if tensor.shape != expected[key].shape:
-            raise ShapeMismatch(
-                f"{where}: {path}.{key} is {tuple(tensor.shape)}, expected {tuple(expected[key].shape)}"
-            )
-    built.load_state_dict(dict(state))
-    return built
+    start = variant.adjusted(zeros, variant_generator(spec.seed, site.name), default=True)
+    return variant.build(site, kind, weight, start, spec.dropout)

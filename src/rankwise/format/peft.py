@@ -8,35 +8,21 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rankwise.adapter import Adapter, SiteAdapter
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
-from rankwise.base_probe import read_probes
-from rankwise.errors import (
-    MissingTensor,
-    NonFiniteTensor,
-    SpecError,
-    UnsupportedAdapter,
-)
+from rankwise.errors import SpecError, UnsupportedAdapter
 from rankwise.files import read_json, write_json
-from rankwise.format import adalora
-from rankwise.format.configuration import (
-    check_extra,
-    check_supported,
-    ranks_and_alphas,
-    stated_fields,
-    variant_recorded,
-)
-from rankwise.format.layout import by_site, check_beside, check_pair, pair_names, shared_A
-from rankwise.format.names import CONFIG, EMBEDDING_PAIR, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
+from rankwise.format.configuration import read_extra, stated_fields, variant_recorded
+from rankwise.format.layout import SiteReader, StoredSite, by_site
+from rankwise.format.names import CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
 from rankwise.methods import name_of
 from rankwise.patterns import keys_under
 from rankwise.scaling import Scaling, declared
@@ -61,11 +47,15 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     for path, site in adapter.sites.items():
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in _wire(site).items()}
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in adapter.saved.items()}
-    for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteTensor(f"{key} holds NaN or infinity, so {folder} was not written; the training diverged")
     write_tensors(folder / TENSORS, tensors, {})
-    write_json(folder / EXTRA, _extra(adapter))
+    extra = {
+        "format_version": FORMAT_VERSION,
+        "spec": adapter.spec.to_dict(),
+        "sites": list(adapter.sites),
+        "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
+        "base_quantised": adapter.base_quantised,
+    }
+    write_json(folder / EXTRA, extra)
     write_json(folder / CONFIG, _config(adapter))  # last: a directory without it is no adapter
 
 
@@ -100,16 +90,6 @@ def _conv_A(A: Tensor, kernel: tuple[int, ...], groups: int) -> Tensor:
     for group in range(groups):
         blocks[group, :, group] = filters
     return blocks.flatten(2, 3).flatten(0, 1)
-
-
-def _extra(adapter: Adapter) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        "spec": adapter.spec.to_dict(),
-        "sites": list(adapter.sites),
-        "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
-        "base_quantised": adapter.base_quantised,
-    }
 
 
 def _config(adapter: Adapter) -> dict[str, Any]:
@@ -172,30 +152,20 @@ def read_adapter(directory: str | Path) -> Adapter:
     """
     folder = Path(directory)
     config = read_json(folder / CONFIG)
-    where = folder / CONFIG
-    check_supported(where, config)
+    fields = stated_fields(folder / CONFIG, config)
     tensors = read_tensors(folder / TENSORS)
-    if config["peft_type"] == "ADALORA":
-        config, tensors = adalora.as_lora(folder, config, tensors)
-    extra = read_json(folder / EXTRA) if (folder / EXTRA).is_file() else {}
-    fields = stated_fields(where, config)
-    spec = LoRA(**fields)
-    saved = _saved_whole(tensors, spec.modules_to_save)
-    parts = by_site(folder / TENSORS, {key: tensor for key, tensor in tensors.items() if key not in saved})
-    ranks, alphas = ranks_and_alphas(where, fields, list(parts))
-    sites = {
-        path: read_site(folder / TENSORS, path, found, spec, ranks[path], alphas[path]) for path, found in parts.items()
-    }
-    check_extra(folder / EXTRA, extra)
-    missing = [path for path in extra.get("sites", ()) if path not in sites]
-    if missing:
-        raise MissingTensor(f"{folder / TENSORS}: no tensors for {missing[0]}, which {EXTRA} lists; it is incomplete")
-    probes = read_probes(folder / EXTRA, extra)
-    whole = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
+    # Modules trained whole stand in the file under their own names.
+    whole = {key.removeprefix(PREFIX): tensors.pop(key) for key in keys_under(fields["modules_to_save"], tensors)}
+    parts = by_site(folder / TENSORS, tensors)
+    reader = SiteReader(folder, config, fields, list(parts))
+    sites = {path: _site_adapter(reader.site(path, part)) for path, part in parts.items()}
+    extra, probes = read_extra(folder, sites)
+    # Names that layers_to_transform narrows down select more than the adapter has.
+    selects = config.get("target_modules") and config.get("layers_to_transform") is None
     return Adapter(
-        _recorded(folder / EXTRA, extra, spec),
+        _recorded(folder / EXTRA, extra, LoRA(**fields)),
         sites,
-        _targets(where, config),
+        fields["target_modules"] if selects else (),
         probes,
         config.get("base_model_name_or_path"),
         whole,
@@ -203,7 +173,12 @@ def read_adapter(directory: str | Path) -> Adapter:
     )
 
 
-def _recorded(where: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:
+def _site_adapter(site: StoredSite) -> SiteAdapter:
+    delta = LowRank(at_least_fp32(site.B), at_least_fp32(site.A), site.scale)
+    return SiteAdapter(site.kind, delta, site.kernel, site.groups, site.extra)
+
+
+def _recorded(source: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:
     """The spec that the adapter was made with; what PEFT's configuration states as well is taken from there."""
     if "spec" not in extra:
         return stated
@@ -211,7 +186,7 @@ def _recorded(where: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:
     try:
         spec = LoRA.from_dict(extra["spec"])
     except (SpecError, TypeError) as error:  # of a method that is not in this process's tables, or not a spec
-        log.warning("%s: the recorded spec is left aside: %s", where, error)
+        log.warning("%s: the recorded spec is left aside: %s", source, error)
         return stated
     assert isinstance(spec.scaling, Scaling) and isinstance(stated.scaling, Scaling)
     return replace(
@@ -221,33 +196,3 @@ def _recorded(where: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:
         dropout=stated.dropout,
         modules_to_save=stated.modules_to_save,
     )
-
-
-def _targets(where: Path, config: Mapping[str, Any]) -> str | tuple[str, ...]:
-    targets = config.get("target_modules") or ()
-    if config.get("layers_to_transform") is not None:
-        return ()  # the names select more than the adapter has
-    return targets if isinstance(targets, str) else tuple(targets)
-
-
-def _saved_whole(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of ``modules_to_save``, which stand in the file under their own names."""
-    return {key: tensors[key] for key in keys_under(names, tensors)}
-
-
-def read_site(where: Path, path: str, found: dict[str, Tensor], spec: LoRA, rank: int, alpha: float) -> SiteAdapter:
-    """One site's part of an adapter from its tensors, by file suffix; they are taken out of ``found``.
-
-    Raises:
-        MissingTensor, UnexpectedTensor, ShapeMismatch, UnsupportedAdapter: they do not make one.
-    """
-    name_A, name_B = pair_names(where, path, found)
-    A, B = found.pop(name_A), found.pop(name_B)
-    check_beside(where, path, found, name_of(VARIANTS, spec.variant))
-    check_pair(where, path, (tuple(A.shape), tuple(B.shape)), (str(A.dtype), str(B.dtype)), rank)
-    scale = spec.scale(rank, alpha)
-    kind = "embedding" if (name_A, name_B) == EMBEDDING_PAIR else "conv2d" if A.dim() == 4 else "linear"
-    groups = rank // B.shape[1]  # a grouped convolution's B has rank/groups columns
-    A = shared_A(where, path, at_least_fp32(A), groups)
-    delta = LowRank(at_least_fp32(B.flatten(1)), A.flatten(1), scale)
-    return SiteAdapter(kind, delta, tuple(A.shape[1:]) if kind == "conv2d" else (), groups, found)

@@ -14,17 +14,19 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
-from rankwise.format.base_layers import base_layer
+from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own
 from rankwise.format.names import BASE_COPY, CONFIG, TENSORS
-from rankwise.format.own_form import OwnAdapter, read_own_form, write_own_form
+from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_adapter, write_adapter
 from rankwise.layers.kinds import Kind, kind_of, kind_or_none
-from rankwise.layers.quantised import dequantised, forbid_repacking, is_quantised
+from rankwise.layers.quantised import forbid_repacking, is_quantised
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of, keys_under
 from rankwise.planning import whole_modules
 from rankwise.sites import Site, base_modules
+from rankwise.spec import LoRA
+from rankwise.tensor_files import check_fit
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import FoldableLayer, PairVariant
 
@@ -49,7 +51,7 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     layers = adapted.adapter_layers(name)
     with adapted.switched_off():
         probes = base_probes(adapted.root, list(layers))
-    write_own_form(OwnAdapter(spec, layers, adapted.whole_tensors(name), probes), directory)
+    write_own_form(BuiltAdapter(spec, layers, adapted.whole_tensors(name), probes), directory)
 
 
 def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
@@ -100,81 +102,61 @@ def load(
     check_new_name(model, name)
     if trainable:
         forbid_repacking(model)
-    root = base_root(model)
-    where = Path(directory) / TENSORS
-    if is_own(read_json(Path(directory) / CONFIG)):
-        stored = read_own_form(root, directory)
-        _check_allowed(stored.whole, modules_to_save, where)
-        if not allow_other_base:
-            _check_base(root, stored.base_probe, None, directory, quantised=False)
-        whole = _saved_whole(root, stored.spec.modules_to_save, stored.whole, where)
-        Adapted.ensure(model).add(name, stored.spec, stored.layers, whole, trainable=trainable)
-        return model
-    adapter = read_adapter(directory)
-    _check_allowed(adapter.saved, modules_to_save, where)
-    _check_promised(root, adapter, where)
-    variant = adapter.spec.variant
-    assert isinstance(variant, PairVariant)
-    modules = base_modules(root)
-    built = {
-        path: _restore(modules, path, site, variant, adapter.spec.dropout, directory)
-        for path, site in adapter.sites.items()
-    }
+    root, folder = base_root(model), Path(directory)
+    if is_own(read_json(folder / CONFIG)):
+        adapter = read_own_form(root, folder)
+    else:
+        adapter = _built(root, read_adapter(folder), folder)
+    _check_allowed(adapter.whole, modules_to_save, folder / TENSORS)
     if not allow_other_base:
-        _check_base(root, adapter.base_probe, adapter.base_model, directory, quantised=adapter.base_quantised)
-    whole = _saved_whole(root, adapter.spec.modules_to_save, adapter.saved, where)
-    Adapted.ensure(model).add(name, adapter.spec, built, whole, trainable=trainable)
+        _check_base(root, adapter, folder)
+    whole = _whole_values(root, adapter, folder / TENSORS)
+    Adapted.ensure(model).add(name, adapter.spec, adapter.layers, whole, trainable=trainable)
     return model
 
 
-def _saved_whole(
-    model: nn.Module, names: Sequence[str], tensors: Mapping[str, Tensor], where: Path
-) -> dict[str, dict[str, Tensor]]:
+def _built(model: nn.Module, adapter: Adapter, folder: Path) -> BuiltAdapter:
+    """The adapter's layers, made for ``model``."""
+    _check_promised(model, adapter, folder / TENSORS)
+    modules = base_modules(model)
+    layers = {path: _restored(modules, path, site, adapter.spec, folder) for path, site in adapter.sites.items()}
+    base = adapter.base_probe, adapter.base_model, adapter.base_quantised
+    return BuiltAdapter(adapter.spec, layers, adapter.saved, *base)
+
+
+def _whole_values(model: nn.Module, adapter: BuiltAdapter, source: Path) -> dict[str, dict[str, Tensor]]:
     """Path of a module of ``modules_to_save`` → its tensors, checked against the model's own.
 
     PEFT lists heads that a model may have ("classifier", "score"): a name without tensors that fits no module is none.
     """
     known = {end for path in base_modules(model) for end in ends_of(path)}
-    present = [name for name in names if name in known]
-    whole = whole_modules(model, present)
-    by_module = {path: {k: v for k, v in tensors.items() if k.startswith(f"{path}.")} for path in whole}
-    strays = tensors.keys() - {key for part in by_module.values() for key in part}
-    if strays:
-        raise BaseMismatch(f"{where}: has {min(strays)}, of a module that this model lacks; it is another base's")
-    for path, module in whole.items():
+    modules = whole_modules(model, [name for name in adapter.spec.modules_to_save if name in known])
+    expected: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Tensor]] = {}
+    for path, module in modules.items():
         check_copyable(path, module)
-        _check_state(where, path, base_state(path, module), by_module[path])
-    return {
-        path: {key.removeprefix(f"{path}."): tensor for key, tensor in part.items()} for path, part in by_module.items()
-    }
+        expected |= base_state(path, module)
+        inside = f"{path}."
+        values[path] = {k.removeprefix(inside): v for k, v in adapter.whole.items() if k.startswith(inside)}
+    strays = adapter.whole.keys() - {f"{path}.{key}" for path, tensors in values.items() for key in tensors}
+    if strays:
+        raise BaseMismatch(f"{source}: has {min(strays)}, of a module that this model lacks; it is another base's")
+    hint = "give it modules_to_save as they were trained (a classifier with the same number of labels)"
+    check_fit(source, adapter.whole, expected, "this model", hint)
+    return values
 
 
-def _check_state(where: Path, path: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    if expected.keys() - found.keys():
-        raise MissingTensor(f"{where}: no {min(expected.keys() - found.keys())}, which modules_to_save promises")
-    if found.keys() - expected.keys():
-        raise UnexpectedTensor(f"{where}: has {min(found.keys() - expected.keys())}, which this model's {path} lacks")
-    for key, tensor in expected.items():
-        if found[key].shape != tensor.shape:
-            raise ShapeMismatch(
-                f"{where}: {key} is {tuple(found[key].shape)}, expected {tuple(tensor.shape)}; give this model a "
-                f"{path} of that size (for a classifier: the same number of labels)"
-            )
-        if found[key].is_floating_point() != tensor.is_floating_point():
-            raise ShapeMismatch(f"{where}: {key} is {found[key].dtype}, expected {tensor.dtype} as in this model")
-
-
-def _check_allowed(whole: Mapping[str, Tensor], names: Sequence[str] | None, where: Path) -> None:
+def _check_allowed(whole: Mapping[str, Tensor], names: Sequence[str] | None, source: Path) -> None:
     """If the caller names modules, no other is replaced."""
     strays = whole.keys() - keys_under(names, whole) if names is not None else set()
     if strays:
         raise UnexpectedTensor(
-            f"{where}: has {min(strays)}, which would replace a whole tensor of the model; expected such tensors of "
+            f"{source}: has {min(strays)}, which would replace a whole tensor of the model; expected such tensors of "
             f"{', '.join(names or ()) or 'no module'} only: name its module in modules_to_save if you trust the file"
         )
 
 
-def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
+def _check_promised(model: nn.Module, adapter: Adapter, source: Path) -> None:
     """Every module that the configuration targets must have its tensors."""
     targets, excluded = adapter.targets, adapter.spec.exclude_modules
     if isinstance(targets, str) or isinstance(excluded, str):
@@ -185,84 +167,68 @@ def _check_promised(model: nn.Module, adapter: Adapter, where: Path) -> None:
     for path in layers:
         ends = ends_of(path)
         if path not in elsewhere and unwanted.isdisjoint(ends) and not wanted.isdisjoint(ends):
-            raise MissingTensor(f"{where}: no tensors for {path}, which target_modules names; the file is incomplete")
+            raise MissingTensor(f"{source}: no tensors for {path}, which target_modules names; the file is incomplete")
 
 
-def _restore(
-    modules: Mapping[str, nn.Module],
-    path: str,
-    site: SiteAdapter,
-    variant: PairVariant,
-    dropout: float,
-    directory: str | Path,
+def _restored(
+    modules: Mapping[str, nn.Module], path: str, site: SiteAdapter, spec: LoRA, folder: Path
 ) -> FoldableLayer:
-    layer = base_layer(modules, path, directory)
+    """The layer of one site."""
+    assert isinstance(spec.variant, PairVariant)
+    layer = base_layer(modules, path, folder)
     kind = kind_of(layer)
-    _check_fits(layer, kind, path, site, directory)
+    _check_fits(layer, kind, path, site, folder)
     extra = dict(site.extra)
-    _check_base_copy(layer, path, extra.pop(BASE_COPY, None), directory)
+    _check_base_copy(layer, path, extra.pop(BASE_COPY, None), folder)
     delta = site.delta
-    weight = dequantised(layer) if is_quantised(layer) else kind.weight(layer)
+    weight = kind.weight(layer)
     device, dtype = weight.device, fp32_or_finer(weight.dtype)
     moved = LowRank(delta.B.to(device, dtype), delta.A.to(device, dtype), delta.scale)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
-    restored = variant.restore(described, kind, weight, moved, extra)
-    restored.dropout = dropout  # of use only where it is trained on
+    restored = spec.variant.restore(described, kind, weight, moved, extra)
+    restored.dropout = spec.dropout  # of use only where it is trained on
     return restored
 
 
-def _check_base_copy(layer: Any, path: str, copy: Tensor | None, directory: str | Path) -> None:
+def _check_base_copy(layer: Any, path: str, copy: Tensor | None, folder: Path) -> None:
     """A base weight in the file (PEFT puts an adapted embedding's there) must be this model's own."""
     if copy is None:
         return
-    own = layer.weight.detach()
-    if copy.shape != own.shape or not torch.allclose(copy.to(own), own, rtol=1e-2, atol=1e-6):
+    weight = layer.weight.detach()
+    if copy.shape != weight.shape or not torch.allclose(copy.to(weight), weight, rtol=1e-2, atol=1e-6):
         raise BaseMismatch(
-            f"{directory}: holds a whole weight for {path} ({tuple(copy.shape)}) that is not this model's "
-            f"{tuple(own.shape)} one, so the base was resized or trained; load that base first"
+            f"{folder}: holds a whole weight for {path} ({tuple(copy.shape)}) that is not this model's "
+            f"{tuple(weight.shape)} one, so the base was resized or trained; load that base first"
         )
 
 
-def _check_fits(layer: Any, kind: Kind, path: str, site: SiteAdapter, directory: str | Path) -> None:
+def _check_fits(layer: Any, kind: Kind, path: str, site: SiteAdapter, folder: Path) -> None:
     alike = kind.name == site.kind or (kind.name == "conv1d" and site.kind == "linear")
-    out, into = kind.shape(layer)
-    kernel = kind.kernel(layer)
-    fits = alike and site.groups == kind.groups(layer) and site.delta.shape == (out, into) and site.kernel == kernel
-    if not fits:
+    (out, into), kernel = kind.shape(layer), kind.kernel(layer)
+    stored = site.delta.shape, site.kernel, site.groups
+    if not alike or stored != ((out, into), kernel, kind.groups(layer)):
         raise ShapeMismatch(
-            f"{directory}: {path} is a {site.kind} of {site.delta.B.shape[0]} × "
-            f"{site.kernel or site.delta.A.shape[1]} in the file and a {kind.name} of {out} × {kernel or into} in this "
-            f"model; it was written for another base"
+            f"{folder}: {path} is a {site.kind} of {site.delta.B.shape[0]} × {site.kernel or site.delta.A.shape[1]} "
+            f"in the file and a {kind.name} of {out} × {kernel or into} in this model; it was written for another base"
         )
 
 
-def _check_base(
-    model: nn.Module,
-    probes: Mapping[str, tuple[float, ...]],
-    base_model: str | None,
-    directory: str | Path,
-    *,
-    quantised: bool,
-) -> None:
-    """Compare the recorded probe of the base with this model's weights, with room for rounding to bf16 or 4 bits.
-
-    Args:
-        quantised: whether the recorded base was.
-    """
-    modules = base_modules(model)
+def _check_base(model: nn.Module, adapter: BuiltAdapter, folder: Path) -> None:
+    """Compare the recorded probe of the base with this model's weights, with room for rounding to bf16 or 4 bits."""
+    modules, probes = base_modules(model), adapter.base_probe
     strays = [path for path in probes if path not in modules or kind_or_none(modules[path]) is None]
     if strays:
-        raise BaseMismatch(f"{directory}: records base weights of {strays[0]!r}, no layer of this model that could be")
+        raise BaseMismatch(f"{folder}: records base weights of {strays[0]!r}, no layer of this model that could be")
     with switched_off(model):
         for path, recorded in probes.items():
-            layer: Any = model.get_submodule(path)
-            there, here = torch.tensor(recorded), torch.tensor(probe(layer))
+            layer: Any = modules[path]
+            stored, here = torch.tensor(recorded), torch.tensor(probe(layer))
             # 4 bits move some small layers' few numbers by a third; another base's are off by about 1.4.
-            room = 0.5 if quantised or is_quantised(layer) else 0.02
-            gap = float((there - here).norm() / there.norm().clamp_min(1e-30))
+            room = 0.5 if adapter.base_quantised or is_quantised(layer) else 0.02
+            gap = float((stored - here).norm() / stored.norm().clamp_min(1e-30))
             if gap > room:
+                base = f" {adapter.base_model}" if adapter.base_model else ""
                 raise BaseMismatch(
-                    f"{directory}: the base weights at {path} differ by {gap:.0%} from those that the adapter was "
-                    f"trained on (expected ≤ {room:.0%}); load its own base{f' {base_model}' if base_model else ''}, "
-                    f"or pass allow_other_base=True"
+                    f"{folder}: the base weights at {path} differ by {gap:.0%} from those that the adapter was "
+                    f"trained on (expected ≤ {room:.0%}); load its own base{base}, or pass allow_other_base=True"
                 )

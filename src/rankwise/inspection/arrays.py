@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.errors import BrokenFile, NonFiniteTensor
+from rankwise.files import readable
 from rankwise.tensor_header import TensorEntry
 
 Array = NDArray[Any]
@@ -67,11 +68,7 @@ def opened(path: Path, entries: Mapping[str, TensorEntry]) -> Iterator[TensorFil
     Raises:
         BrokenFile: it cannot be read.
     """
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise BrokenFile(f"{path}: cannot be read ({error.strerror})") from None
-    with stream:
+    with readable(path), path.open("rb") as stream:
         yield TensorFile(path, entries, stream)
 
 

@@ -1,153 +1,125 @@
 """Which engines read an adapter right as it stands, and what to do for the others."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
 
-Answer = Literal["yes", "after export", "no"]
+from rankwise.format.names import OWN
+from rankwise.inspection.facts import Answer, Inspection, Verdict
 
-_OWN, _ADALORA = "RANKWISE_", "ADALORA"
 _HEADS = ("lm_head", "embed_out", "output_projection")
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _OLLAMA_FAMILIES = ("llama", "mistral", "gemma")
 
-
-@dataclass(frozen=True)
-class Traits:
-    """What of an adapter matters to engines.
-
-    Attributes:
-        peft_type: of its configuration.
-        base_model: as its configuration names it.
-        sites: module path → kind.
-        rank: the largest.
-        even: one rank and one scale everywhere, and no pattern in the configuration.
-        rslora, dora: of its configuration.
-        replaced: the modules that it replaces whole.
-    """
-
-    peft_type: str
-    base_model: str
-    sites: Mapping[str, str]
-    rank: int
-    even: bool
-    rslora: bool
-    dora: bool
-    replaced: tuple[str, ...]
-
-    def last_parts(self) -> set[str]:
-        """Last parts of the sites' names."""
-        return {path.rpartition(".")[2] for path in self.sites}
+Rule = tuple[bool, Answer, str]  # whether it applies, and what it then says
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether an engine reads an adapter right, and why or how."""
-
-    engine: str
-    answer: Answer
-    reason: str
+def verdicts(facts: Inspection) -> tuple[Verdict, ...]:
+    """Each engine's, by the first of its rules that applies."""
+    return tuple(_verdict(engine, rules(facts)) for engine, rules in ENGINES.items())
 
 
-Rule = tuple[Callable[[Traits], bool], Answer, Callable[[Traits], str] | str]
+def _verdict(engine: str, rules: Iterator[Rule]) -> Verdict:
+    return next(Verdict(engine, answer, reason) for applies, answer, reason in rules if applies)
 
 
-def _always(traits: Traits) -> bool:
-    return True
+def _rankwise(facts: Inspection) -> Iterator[Rule]:
+    yield True, "yes", ""
 
 
-def _foreign_modules(traits: Traits) -> bool:
-    return any(path.rpartition(".")[2] not in ("classifier", "score") for path in traits.replaced)
+def _peft(facts: Inspection) -> Iterator[Rule]:
+    yield _own_form(facts)
+    yield True, "yes", ""
 
 
-def _vllm_rank(traits: Traits) -> int:
-    return min(rank for rank in _VLLM_RANKS if rank >= traits.rank)
+def _vllm(facts: Inspection) -> Iterator[Rule]:
+    yield from _lora_only(facts)
+    foreign = _last_parts(facts.replaced) - {"classifier", "score"}
+    yield bool(foreign), "no", "replaced modules other than classifier or score are not read: merge it"
+    rank = _largest_rank(facts)
+    yield rank > _VLLM_RANKS[-1], "no", f"ranks above {_VLLM_RANKS[-1]} are refused: merge it into its base"
+    yield _uneven(facts)
+    limit = min(limit for limit in _VLLM_RANKS if limit >= rank)
+    yield rank > 16, "yes", f"start it with --max-lora-rank {limit} (its default is 16)"
+    yield True, "yes", ""
 
 
-# The rules that hold for every engine but PEFT; a rule below one that applies is not asked.
-_SHARED: tuple[Rule, ...] = (
-    (lambda t: t.peft_type.startswith(_OWN), "no", "its layers' own state, which rankwise alone reads: load it there"),
-    (lambda t: t.dora, "no", "DoRA's magnitudes are not read: merge it into its base"),
-    (lambda t: "conv2d" in t.sites.values(), "no", "convolutions are not read: merge it into its base"),
-    (lambda t: t.peft_type == _ADALORA, "after export", "load it here and save it: that writes plain LoRA"),
-)
-_UNEVEN: Rule = (
-    lambda t: not t.even or t.rslora,
-    "after export",
-    "ranks or scales of single layers, or rsLoRA, may be misread: fold scales into B, pad to one rank, alpha = rank",
-)
-_WHOLE: Rule = (
-    lambda t: bool(t.replaced),
-    "no",
-    "modules that are replaced whole are not read: merge it into its base",
-)
-_EMBEDDINGS: Rule = (
-    lambda t: "embedding" in t.sites.values() or not t.last_parts().isdisjoint(_HEADS),
-    "no",
-    "adapters on embeddings or the output head are not read: merge it into its base",
-)
+def _sglang(facts: Inspection) -> Iterator[Rule]:
+    yield from _lora_only(facts)
+    yield _whole(facts)
+    yield _uneven(facts)
+    yield True, "yes", f"declare --max-lora-rank {_largest_rank(facts)} and the target modules up front"
 
-ENGINES: dict[str, tuple[Rule, ...]] = {
-    "rankwise": ((_always, "yes", ""),),
-    "PEFT": (
-        (
-            lambda t: t.peft_type.startswith(_OWN),
-            "no",
-            "its layers' own state, which rankwise alone reads: load it there",
-        ),
-        (_always, "yes", ""),
-    ),
-    "vLLM": (
-        *_SHARED,
-        (_foreign_modules, "no", "replaced modules other than classifier or score are not read: merge it"),
-        (
-            lambda t: t.rank > _VLLM_RANKS[-1],
-            "no",
-            f"ranks above {_VLLM_RANKS[-1]} are refused: merge it into its base",
-        ),
-        _UNEVEN,
-        (lambda t: t.rank > 16, "yes", lambda t: f"start it with --max-lora-rank {_vllm_rank(t)} (its default is 16)"),
-        (_always, "yes", ""),
-    ),
-    "SGLang": (
-        *_SHARED,
-        _WHOLE,
-        _UNEVEN,
-        (_always, "yes", lambda t: f"declare --max-lora-rank {t.rank} and the target modules up front"),
-    ),
-    "llama.cpp": (
-        *_SHARED,
-        _WHOLE,
-        _EMBEDDINGS,
-        _UNEVEN,
-        (_always, "after export", "convert it to GGUF (convert_lora_to_gguf.py)"),
-    ),
-    "Ollama": (
-        *_SHARED,
-        _WHOLE,
-        _EMBEDDINGS,
-        _UNEVEN,
-        (
-            lambda t: any(family in t.base_model.lower() for family in _OLLAMA_FAMILIES),
-            "yes",
-            "an ADAPTER line with this directory",
-        ),
-        (_always, "after export", "of this family only GGUF is read: convert it (convert_lora_to_gguf.py)"),
-    ),
-    "MLX": (
-        *_SHARED,
-        _WHOLE,
-        _UNEVEN,
-        (_always, "after export", "it reads adapters.safetensors with transposed lora_a and lora_b"),
-    ),
+
+def _llama_cpp(facts: Inspection) -> Iterator[Rule]:
+    yield from _inner_layers_only(facts)
+    yield True, "after export", "convert it to GGUF (convert_lora_to_gguf.py)"
+
+
+def _ollama(facts: Inspection) -> Iterator[Rule]:
+    yield from _inner_layers_only(facts)
+    base = (facts.base_model or "").lower()
+    yield any(family in base for family in _OLLAMA_FAMILIES), "yes", "an ADAPTER line with this directory"
+    yield True, "after export", "of this family only GGUF is read: convert it (convert_lora_to_gguf.py)"
+
+
+def _mlx(facts: Inspection) -> Iterator[Rule]:
+    yield from _lora_only(facts)
+    yield _whole(facts)
+    yield _uneven(facts)
+    yield True, "after export", "it reads adapters.safetensors with transposed lora_a and lora_b"
+
+
+ENGINES: dict[str, Callable[[Inspection], Iterator[Rule]]] = {
+    "rankwise": _rankwise,
+    "PEFT": _peft,
+    "vLLM": _vllm,
+    "SGLang": _sglang,
+    "llama.cpp": _llama_cpp,
+    "Ollama": _ollama,
+    "MLX": _mlx,
 }
 
 
-def verdicts(traits: Traits) -> tuple[Verdict, ...]:
-    """Each engine's, by the first of its rules that applies."""
-    return tuple(_verdict(engine, rules, traits) for engine, rules in ENGINES.items())
+def _own_form(facts: Inspection) -> Rule:
+    applies = (facts.peft_type or "").startswith(OWN)
+    return applies, "no", "its layers' own state, which rankwise alone reads: load it there"
 
 
-def _verdict(engine: str, rules: tuple[Rule, ...], traits: Traits) -> Verdict:
-    answer, reason = next((answer, reason) for applies, answer, reason in rules if applies(traits))
-    return Verdict(engine, answer, reason if isinstance(reason, str) else reason(traits))
+def _lora_only(facts: Inspection) -> Iterator[Rule]:
+    yield _own_form(facts)
+    yield _states(facts, "variant", "dora"), "no", "DoRA's magnitudes are not read: merge it into its base"
+    yield "conv2d" in _kinds(facts), "no", "convolutions are not read: merge it into its base"
+    yield facts.peft_type == "ADALORA", "after export", "load it here and save it: that writes plain LoRA"
+
+
+def _inner_layers_only(facts: Inspection) -> Iterator[Rule]:
+    yield from _lora_only(facts)
+    yield _whole(facts)
+    outer = "embedding" in _kinds(facts) or not _last_parts(site.name for site in facts.sites).isdisjoint(_HEADS)
+    yield outer, "no", "adapters on embeddings or the output head are not read: merge it into its base"
+    yield _uneven(facts)
+
+
+def _whole(facts: Inspection) -> Rule:
+    return bool(facts.replaced), "no", "modules that are replaced whole are not read: merge it into its base"
+
+
+def _uneven(facts: Inspection) -> Rule:
+    uneven = len({(site.rank, site.scale) for site in facts.sites}) > 1 or _states(facts, "scaling", "rslora")
+    advice = "fold scales into B, pad to one rank, alpha = rank"
+    return uneven, "after export", f"ranks or scales of single layers, or rsLoRA, may be misread: {advice}"
+
+
+def _states(facts: Inspection, field: str, value: str) -> bool:
+    return facts.spec is not None and facts.spec[field] == value
+
+
+def _kinds(facts: Inspection) -> set[str]:
+    return {site.kind for site in facts.sites}
+
+
+def _last_parts(paths: Iterable[str]) -> set[str]:
+    return {path.rpartition(".")[2] for path in paths}
+
+
+def _largest_rank(facts: Inspection) -> int:
+    return max(site.rank for site in facts.sites)
