@@ -26,12 +26,10 @@ FIELDS = (
 )
 
 PLAIN: dict[str, Any] = {"init": "kaiming", "scaling": "lora", "variant": "lora", "optimizer": "adamw"}
-LORA_GA: dict[str, Any] = PLAIN | {
-    "init": "lora-ga",
-    "scaling": "rslora",
-}  # the scale that its stable start is made for
+# rsLoRA's is the scale that LoRA-GA's stable start is made for.
+LORA_GA: dict[str, Any] = PLAIN | {"init": "lora-ga", "scaling": "rslora"}
 
-# Best rates measured on SmolLM2-135M in runs of 24 to 120 steps; the search goes on from them, whatever the task.
+# Where a search begins: LoRA's and LoRA-GA's are measured on SmolLM2-135M in short runs, the others set beside them.
 FIRST_RATES = {
     "adamw": 2e-3,  # docs/studies.md: 2e-3 on all linear layers
     "lora-plus": 5e-4,  # B's rate is 16 times A's: AdamW's lies between them

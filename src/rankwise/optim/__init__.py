@@ -36,7 +36,7 @@ OPTIMIZERS: dict[str, OptimizerMethod] = {
         ".optim.spectral:SpectralChoice",
         "arXiv 2507.12142",
         "Muon's step in the space of what the pair can do to the weight, for both halves at once",
-        0.05,
+        0.03,
     ),
     "polora": OptimizerMethod(
         ".optim.polora:PoloraChoice",

@@ -97,7 +97,7 @@ class Spectral(PairOptimizer):
 
     >>> import torch, rankwise as rw
     >>> model = rw.attach(torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)), rw.LoRA(rank=2))
-    >>> optimizer = Spectral(rw.pairs(model), lr=0.05)
+    >>> optimizer = Spectral(rw.pairs(model), lr=0.03)
     >>> model(torch.randn(5, 8)).square().mean().backward()
     >>> optimizer.step()
     """
@@ -108,7 +108,7 @@ class Spectral(PairOptimizer):
     def __init__(
         self,
         pairs: Iterable[Pair],
-        lr: float = 0.05,
+        lr: float = 0.03,
         beta: float = 0.8,
         weight_decay: float = 0.0,
         others: Iterable[Any] = (),
