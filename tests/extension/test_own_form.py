@@ -1,5 +1,7 @@
 """A variant that no PEFT reader knows: its own directory, the same tensors and function whoever loads it."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from laws.test_laws import *  # noqa: F403
@@ -11,11 +13,13 @@ from zoo import clone, perturb
 
 import rankwise as rw
 from rankwise.adapted.adapted import Adapted
-from rankwise.errors import BrokenFile, MissingTensor, SpecError
+from rankwise.errors import MissingTensor, SpecError, UnsupportedAdapter
 from rankwise.format.state import load_state, save_state
 from rankwise.inspection.inspection import inspect
 from rankwise.methods import Method
 from rankwise.variants import VARIANTS
+from rankwise.variants.base import Variant
+from rankwise.variants.lora import LoraLayer
 
 CASES = cases(["kaiming"], ["vera"], ["lora", "rslora"])
 pytestmark = []  # not the laws' own, which star imports bring
@@ -88,9 +92,25 @@ def test_peft_refuses_the_directory_by_name(tmp_path):
 def test_a_process_that_lacks_the_row_refuses_the_directory_by_name(tmp_path, monkeypatch):
     rw.save(trained_model(), tmp_path)
     monkeypatch.delitem(VARIANTS, "vera")
-    with pytest.raises(BrokenFile, match="variant: expected one of lora, dora, adalora, bottleneck, found 'vera'"):
+    with pytest.raises(UnsupportedAdapter, match="variant 'vera', which has no row here"):
         rw.load(clone(BASE), tmp_path)
-    assert "found 'vera'" in inspect(tmp_path).problems[0]
+    assert "variant 'vera'" in inspect(tmp_path).problems[0]
+
+
+@dataclass(frozen=True)
+class Anchored(Variant):
+    """LoRA's layer without LoRA's file: whether it has an anchor depends on the start."""
+
+    def build(self, site, kind, weight, start, dropout):
+        return LoraLayer(site, kind, dropout, start, anchored=start.needs_anchor)
+
+
+def test_a_layer_that_no_file_could_give_back_is_refused_when_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "anchored", Method(f"{__name__}:Anchored", "none", "a pair of its own form"))
+    rw.save(rw.attach(clone(BASE), rw.LoRA(rank=2, variant=Anchored())), tmp_path / "plain")
+    with pytest.raises(UnsupportedAdapter, match="0: variant 'anchored' keeps 'start_A' only after some starts"):
+        rw.save(rw.attach(clone(BASE), rw.LoRA(rank=2, variant=Anchored(), init="pissa")), tmp_path / "anchored")
+    assert not (tmp_path / "anchored").exists()
 
 
 def test_a_file_that_lacks_a_vector_is_refused(tmp_path):
@@ -99,7 +119,7 @@ def test_a_file_that_lacks_a_vector_is_refused(tmp_path):
     rw.save(trained_model(), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(file).items() if key != "2.b"}, file)
-    with pytest.raises(MissingTensor, match="2 has no b"):
+    with pytest.raises(MissingTensor, match="lacks 2.b"):
         rw.load(clone(BASE), tmp_path)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.base_probe import read_probes
-from rankwise.errors import BrokenFile, MissingTensor, ShapeMismatch, SpecError, UnexpectedTensor
+from rankwise.errors import BrokenFile, MissingTensor, ShapeMismatch, SpecError, UnexpectedTensor, UnsupportedAdapter
 from rankwise.files import read_json, write_json
 from rankwise.format.built import BuiltAdapter, base_layer, layer_tensors
 from rankwise.format.names import CONFIG, OWN, TENSORS
@@ -29,13 +29,15 @@ T = TypeVar("T")
 WHOLE = "modules_to_save."  # stands before the names of tensors that modules trained whole have
 
 
-def write_own_form(adapter: BuiltAdapter, directory: str | Path) -> None:
+def write_own_form(model: nn.Module, adapter: BuiltAdapter, directory: str | Path) -> None:
     """The tensors of each site, the spec, and a probe of the base.
 
     Raises:
-        NonFiniteTensor: a tensor holds NaN or infinity; nothing is written.
+        UnsupportedAdapter: a layer that is built anew would not take the state of the one that was trained.
+        NonFiniteTensor: a tensor holds NaN or infinity. Nothing is written on either error.
     """
     folder = Path(directory)
+    _check_readable(model, adapter, folder)
     whole = {f"{WHOLE}{key}": tensor for key, tensor in adapter.whole.items()}
     write_tensors(folder / TENSORS, layer_tensors(adapter.layers) | whole, {})
     content = {
@@ -45,6 +47,20 @@ def write_own_form(adapter: BuiltAdapter, directory: str | Path) -> None:
         "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
     }
     write_json(folder / CONFIG, content)
+
+
+def _check_readable(model: nn.Module, adapter: BuiltAdapter, folder: Path) -> None:
+    """What :func:`read_own_form` will build must have the tensors that are written."""
+    modules = base_modules(model)
+    for path, layer in adapter.layers.items():
+        fresh = _fresh_layer(modules, adapter.spec, layer.site, folder).state_dict()
+        shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (layer.state_dict(), fresh)]
+        if shapes[0] != shapes[1]:
+            misfit = min({name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items())})
+            raise UnsupportedAdapter(
+                f"{path}: variant {name_of(VARIANTS, adapter.spec.variant)!r} keeps {misfit!r} only after some starts, "
+                f"or in another shape, so no file could give it back; expected the same tensors whatever the start"
+            )
 
 
 def read_own_form(model: nn.Module, directory: str | Path) -> BuiltAdapter:
@@ -72,8 +88,14 @@ def configured(source: Path, config: Mapping[str, Any]) -> tuple[LoRA, dict[str,
     """The spec, the sites by their names, and the probe of the base.
 
     Raises:
-        BrokenFile: the configuration is another.
+        UnsupportedAdapter: its variant has no row here. BrokenFile: the configuration is another.
     """
+    variant = str(config.get("peft_type")).removeprefix(OWN).lower()
+    if variant not in VARIANTS:
+        raise UnsupportedAdapter(
+            f"{source}: holds an adapter of variant {variant!r}, which has no row here; expected one of "
+            f"{', '.join(VARIANTS)}: add its row to rankwise.variants.VARIANTS first"
+        )
     try:
         spec = LoRA.from_dict(config["spec"])
         sites = {site["name"]: _site(**site) for site in config["sites"]}

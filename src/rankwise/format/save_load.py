@@ -51,7 +51,7 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     layers = adapted.adapter_layers(name)
     with adapted.switched_off():
         probes = base_probes(adapted.root, list(layers))
-    write_own_form(BuiltAdapter(spec, layers, adapted.whole_tensors(name), probes), directory)
+    write_own_form(adapted.root, BuiltAdapter(spec, layers, adapted.whole_tensors(name), probes), directory)
 
 
 def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
