@@ -1,5 +1,7 @@
 """Sketched gradients: against the exact ones, at a fraction of their storage."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -157,6 +159,7 @@ def test_four_times_the_rank_is_kept() -> None:
 
 
 def test_where_a_sketch_holds_little_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "rankwise")  # the command line asks for more, and may have run before
     torch.manual_seed(0)
     noise = (torch.randn(400, 90), torch.randn(400, 80))  # a flat spectrum: no few directions hold much
     collect([noise], rank=4)

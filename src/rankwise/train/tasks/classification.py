@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -144,7 +145,8 @@ def _tokenised(loaded: Loaded, samples: Dataset) -> Dataset:
         labels = [number[str(label)] for label in batch["label"]]
         return {**_encode(loaded, batch["text"], batch["text_pair"]), "labels": labels}
 
-    return samples.map(encode, batched=True, remove_columns=samples.column_names)
+    # Without a fingerprint given, datasets makes one of all that the function refers to: of every weight of the model.
+    return samples.map(encode, batched=True, remove_columns=samples.column_names, new_fingerprint=uuid4().hex)
 
 
 def _encode(loaded: Loaded, texts: list[str], pairs: list[str | None]) -> dict[str, Any]:
