@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from rankwise.inits import INITS
@@ -267,6 +267,23 @@ def classification() -> str:
     )
 
 
+def wind_tunnel() -> str:
+    """Each method and rank at the rate that did best on the validation part with the first seed."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in result("wind_tunnel")["runs"]:
+        if run["steps"] == 80:  # the others look for the shortest schedule
+            groups.setdefault((run["method"], run["rank"]), []).append(run)
+    rows = []
+    for (method, rank), runs in groups.items():
+        best = min((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])
+        tests = [run["test"] for run in runs if run["rate"] == best["rate"]]
+        spread = f" ± {stdev(tests):.3f}" if len(tests) > 1 else ""
+        cells = [f"{best['rate']:g}", f"{best['validation']:.3f}", f"{fmean(tests):.3f}{spread}", str(len(tests))]
+        rows.append([method, str(rank) if rank else "all weights", *cells])
+    rows.sort(key=lambda row: float(row[4].split()[0]))
+    return table(["method", "rank", "best rate", "validation", "test, mean ± sd over seeds", "seeds"], rows)
+
+
 def measured() -> str:
     return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
 
@@ -284,7 +301,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "analyze": analyze,
     },
     "docs/design.md": {"order": order},
-    "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora},
+    "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora, "wind-tunnel": wind_tunnel},
 }
 
 
