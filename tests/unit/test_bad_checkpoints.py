@@ -227,6 +227,11 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         UnexpectedTensor,
         r"base_model.model.linear.extra \(3,\) belongs to no adapter site",
     ),
+    "a half under two names": (
+        tensors(_set("linear.lora_A", torch.ones(4, 12))),
+        UnexpectedTensor,
+        r"linear.lora_A(.weight)? is a second lora_A of linear; expected one",
+    ),
     "a whole weight": (
         tensors(_set("linear.weight", torch.ones(10, 12))),
         UnexpectedTensor,

@@ -23,7 +23,7 @@ def by_site(source: Path, tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """Module path → file suffix → tensor.
 
     Raises:
-        UnexpectedTensor: one is no site's. MissingTensor: there are none.
+        UnexpectedTensor: one is no site's, or a second one for its place. MissingTensor: there are none.
     """
     sites: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
@@ -31,7 +31,9 @@ def by_site(source: Path, tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
         if path_and_suffix is None:
             raise stray(source, key, tensor)
         path, suffix = path_and_suffix
-        sites.setdefault(path, {})[suffix] = tensor
+        if suffix in sites.setdefault(path, {}):
+            raise UnexpectedTensor(f"{source}: {key} is a second {suffix} of {path}; expected one")
+        sites[path][suffix] = tensor
     if not sites:
         raise MissingTensor(f"{source}: holds no tensors; expected lora_A and lora_B of at least one module")
     return sites
