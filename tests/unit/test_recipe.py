@@ -160,3 +160,14 @@ def test_a_field_at_fault_is_named_without_the_rate_that_would_follow_from_it():
     assert "learning_rate" not in str(caught.value)
     with pytest.raises(RecipeError, match="spectral"):
         recipes.parse({"model": "m", "data": "d", "optimizer": "spectrol"})
+
+
+def test_an_unknown_option_of_the_optimizer_is_named_before_the_model_is_loaded() -> None:
+    from rich.console import Console
+
+    from rankwise.errors import SpecError
+    from rankwise.train.run.loading import load as load_run
+
+    recipe = parse({"model": "no-such-model", "data": "kjv", "optimizer": {"name": "spectral", "betta": 0.8}})
+    with pytest.raises(SpecError, match="optimizer 'spectral': unknown option 'betta'.* did you mean 'beta'"):
+        load_run(recipe, Console(quiet=True))

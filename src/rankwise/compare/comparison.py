@@ -25,7 +25,7 @@ from rankwise.train.data.dataset import load_data
 from rankwise.train.recipe import Recipe
 from rankwise.train.run import run
 from rankwise.train.tasks.base import Loaded, spec_of
-from rankwise.train.trainer.trainer import optimizer_of
+from rankwise.train.trainer.optimizer_choice import optimizer_of
 from rankwise.trials.preparing import target_weights
 
 

@@ -10,19 +10,27 @@ from rankwise.train.run.tables import plan_table
 from rankwise.train.tasks.base import Loaded, Task
 from rankwise.train.tasks.causal_lm import CausalLM
 from rankwise.train.tasks.classification import Classification
+from rankwise.train.trainer.optimizer_choice import optimizer_of
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
 
 def load(recipe: Recipe, console: Console) -> Loaded:
-    """The model, and which of its layers the recipe adapts."""
+    """The model, and which of its layers the recipe adapts.
+
+    Raises:
+        SpecError, RecipeError: an option of the adapter or the optimizer. TargetError: layers that do not fit.
+    """
+    optimizer_of(recipe)  # which says what is wrong with its options before the model is loaded
     with busy(console, "Loading the model"):
         return TASKS[recipe.task].load(recipe)
 
 
 def show_plan(loaded: Loaded, console: Console) -> None:
-    """Say what will be adapted, what trained whole, and at which rate."""
+    """Say what will be adapted, what its start is computed from, what trained whole, and at which rate."""
     console.print(plan_table(loaded.sites))
+    if loaded.sites.evidence.kind != "nothing":
+        console.print(str(loaded.sites.evidence), highlight=False, soft_wrap=True)
     if loaded.spec.modules_to_save:
         console.print(f"Trained whole and saved beside the adapter: {', '.join(loaded.spec.modules_to_save)}")
     console.print(_rate(loaded.recipe), highlight=False)

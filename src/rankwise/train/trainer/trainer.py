@@ -22,13 +22,12 @@ import rankwise as rw
 from rankwise.adapted.adapted import Adapted
 from rankwise.errors import CheckpointError, Diverged, OutOfMemory, RecipeError
 from rankwise.format.state import load_state, save_state
-from rankwise.methods import name_of, resolve
-from rankwise.optim import OPTIMIZERS
-from rankwise.optim.choice import GroupsChoice, OptimizerChoice
+from rankwise.optim.choice import GroupsChoice
 from rankwise.optim.lora_plus import AdamWChoice
 from rankwise.train.data.preflight import ROW
 from rankwise.train.recipe import Recipe
 from rankwise.train.trainer import checkpoints, exact_resume
+from rankwise.train.trainer.optimizer_choice import optimizer_of
 from rankwise.train.trainer.variant_callback import VariantCallback
 
 RESULTS = "metrics.json"  # of a run that is through: the last file that it writes
@@ -245,24 +244,6 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run writes its own card once its results are known."""
-
-
-def optimizer_of(recipe: Recipe) -> OptimizerChoice:
-    """The optimizer that a recipe asks for.
-
-    Raises:
-        SpecError: an unknown name or option. RecipeError: fields that do not go with it.
-    """
-    choice: OptimizerChoice = resolve(OPTIMIZERS, recipe.optimizer, "optimizer")
-    if not isinstance(choice, GroupsChoice):
-        for field in ("optim", "adam_beta1", "adam_beta2"):
-            value, default = getattr(recipe, field), Recipe.model_fields[field].default
-            if value != default:
-                raise RecipeError(
-                    f"`{field}`: goes with the optimizers adamw and lora-plus; with {name_of(OPTIMIZERS, choice)} "
-                    f"expected {default!r}, found {value!r}. Leave it out; options stand in `optimizer` itself."
-                )
-    return choice
 
 
 @contextmanager
