@@ -168,6 +168,6 @@ def test_an_unknown_option_of_the_optimizer_is_named_before_the_model_is_loaded(
     from rankwise.errors import SpecError
     from rankwise.train.run.loading import load as load_run
 
-    recipe = parse({"model": "no-such-model", "data": "kjv", "optimizer": {"name": "spectral", "betta": 0.8}})
-    with pytest.raises(SpecError, match="optimizer 'spectral': unknown option 'betta'.* did you mean 'beta'"):
+    recipe = recipes.parse({"model": "no-such-model", "data": "kjv", "optimizer": {"name": "spectral", "betta": 0.8}})
+    with pytest.raises(SpecError, match=r"optimizer 'spectral': unknown option 'betta'.* did you mean 'beta'"):
         load_run(recipe, Console(quiet=True))
