@@ -11,9 +11,9 @@ import tempfile
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import PAIR_VARIANTS
 
 import rankwise as rw
+from rankwise.variants import VARIANTS
 
 
 def _model(init: str, variant: str, dropout: float) -> tuple[nn.Module, Tensor]:
@@ -113,7 +113,8 @@ CASES = {
     **{
         f"{init}-{variant}": (same_as_without, init, variant)
         for init in ("kaiming", "pissa")
-        for variant in PAIR_VARIANTS
+        for variant, method in VARIANTS.items()
+        if method.cls.takes_start
     },
     "dropout": (dropout_still_drops,),
     "later": (adapters_that_come_and_go_later_are_followed,),
