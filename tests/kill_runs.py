@@ -51,6 +51,7 @@ COMPARED = (
     "scheduler.pt",
     "rng_state.pth",
 )
+KILLS_OF_A_RUN = 12  # then it is left alone, so that a machine on which an attempt gets nowhere still ends its runs
 FAULTS = {"before": 1, "halfway": 2, "full": 3}  # killed before an operation, halfway through it, disk full from it on
 
 
@@ -149,14 +150,14 @@ def killed_after(child: int, seconds: float) -> bool:
 
 
 def kill_at_random(work: Work, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Runs that are killed again and again until they are through; after each kill all is compared."""
+    """Runs that are killed again and again before they may get through; after each kill all is compared."""
     done, runs, compared, lost, bytes_lost, between = 0, 0, 0, 0, 0, 0
     for name in itertools.cycle(RECIPES):
         if done >= kills:
             break
         folder = work.folder / f"killed-{runs}"
         newest, seen = 0, set[str]()
-        while done < kills:
+        for _ in range(min(KILLS_OF_A_RUN, kills - done)):
             delay = rng.uniform(0, 0.6 * work.seconds[name])
             if not killed_after(forked(lambda name=name, folder=folder: work.train(name, folder)), delay):
                 break
