@@ -68,6 +68,13 @@ PRESETS: dict[str, dict[str, Changes]] = {
 }
 
 
+# What full fine-tuning may change: what goes with its rate.
+FULL_FIELDS = (
+    *("full", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2"),
+)
+
+
 @dataclass(frozen=True)
 class Arm:
     """One contender, at the first rung of its ladder or at another.
@@ -115,7 +122,7 @@ def _arm(recipe: Recipe, name: str, changes: Changes, source: str) -> Arm:
         raise RecipeError(
             f"{source}: full: expected one of {', '.join(FULL)}, found {full!r}{nearest(str(full), FULL)}"
         )
-    _check_known(changes, ("full", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type"), source)
+    _check_known(changes, FULL_FIELDS, source)
     others = {field: value for field, value in changes.items() if field != "full"}
     plain = {**PLAIN, "learning_rate": FULL[full].learning_rate, **others}
     return Arm(name, _changed(recipe, plain, source), full)
