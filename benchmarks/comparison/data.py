@@ -27,7 +27,7 @@ def arithmetic(size: int, seed: int) -> Iterator[dict[str, str]]:
     columns = [reasoning_gym.create_dataset(task, size=each, seed=seed) for task in TASKS]
     for samples in zip(*columns, strict=True):
         for sample in samples:
-            yield {"prompt": f"{sample['question'].strip()}\nAnswer: ", "completion": str(sample["answer"])}
+            yield {"prompt": f"{sample['question'].strip()}\nAnswer:", "completion": f" {sample['answer']}"}
 
 
 def python(*, held_out: bool) -> Iterator[dict[str, str]]:
