@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -339,13 +339,17 @@ def test_a_directory_that_pefts_adalora_wrote_is_read(pruned: bool, tmp_path: Pa
     expected = theirs.eval()(x)
     theirs.save_pretrained(tmp_path)
     torch.testing.assert_close(rw.load(network(), tmp_path)(x), expected, rtol=1e-5, atol=1e-5)
-    if not pruned:
-        from safetensors.torch import save_file
 
-        tensors = load_file(tmp_path / "adapter_model.safetensors")
-        save_file(
-            {k: v for k, v in tensors.items() if k != "base_model.model.0.lora_B"},
-            tmp_path / "adapter_model.safetensors",
-        )
-        with pytest.raises(MissingTensor, match="lora_B"):
-            rw.load(network(), tmp_path)
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B", "lora_E"])
+def test_a_directory_that_pefts_adalora_wrote_without_one_of_its_factors_is_refused(
+    factor: str, tmp_path: Path
+) -> None:
+    config = peft.AdaLoraConfig(init_r=6, target_r=4, total_step=10, target_modules=["0", "2"])
+    peft.get_peft_model(network(), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors[f"base_model.model.0.{factor}"]
+    save_file(tensors, path)
+    with pytest.raises(MissingTensor, match=factor):
+        rw.load(network(), tmp_path)

@@ -15,6 +15,7 @@ from rankwise.report.page import AdapterPart
 from rankwise.scaling import SCALINGS
 from rankwise.spec import LoRA
 from rankwise.train.model.generation import Sample
+from rankwise.variants.dora import MAGNITUDE
 
 # Optimizer → site → how the next step agrees with full fine-tuning's.
 Measured = Mapping[str, Mapping[str, Alignment]]
@@ -41,7 +42,7 @@ def adapter_part(
 
 def low_rank_part_only(adapter: Adapter) -> list[str]:
     """A note where the low-rank pair is not all of the change."""
-    if not any("lora_magnitude_vector" in site.extra for site in adapter.sites.values()):
+    if not any(MAGNITUDE in site.extra for site in adapter.sites.values()):
         return []
     return ["DoRA: all figures are of the low-rank part s·BA; the trained magnitudes change the weights beyond it."]
 
