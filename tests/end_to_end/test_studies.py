@@ -43,7 +43,7 @@ def small_studies(monkeypatch):
     """Few arms and rungs: the machinery is the same."""
     monkeypatch.setattr("rankwise.studies.ranks.RANKS", (1, 4))
     monkeypatch.setattr("rankwise.studies.weight_types.ARMS", ("q", "qv"))
-    from rankwise.trials.tuning import tune
+    from rankwise.tuning import tune
 
     def short(*args, **kwargs):
         return tune(*args, **{**kwargs, "most": 2})

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rankwise.errors import Diverged, OutOfMemory
 from rankwise.studies.intrinsic_dimension import bisect
-from rankwise.trials.tuning import Tuned, tune
+from rankwise.tuning import Tuned, tune
 
 
 @given(st.integers(-6, 6))

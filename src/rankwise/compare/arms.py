@@ -113,6 +113,11 @@ def arms_of(recipe: Recipe, changes: Mapping[str, Changes], source: str) -> list
 
 
 def _arm(recipe: Recipe, name: str, changes: Changes, source: str) -> Arm:
+    if changes.get("learning_rate") == "auto":
+        raise RecipeError(
+            f"{source}: learning_rate: expected the number at which the search for the best begins, found auto, which "
+            "would choose without comparing; leave it out for the optimizer's own"
+        )
     full = changes.get("full")
     if full is None:
         _check_known(changes, FIELDS, source)

@@ -130,7 +130,7 @@ class Trials:
 def _described(arm: Arm) -> str:
     recipe = arm.recipe
     steps = "" if recipe.max_steps == -1 else f"{recipe.max_steps} steps, "
-    return f"{arm.name}: {steps}learning rate {recipe.learning_rate:g}, seed {recipe.seed}: validation loss"
+    return f"{arm.name}: {steps}learning rate {recipe.peak_learning_rate:g}, seed {recipe.seed}: validation loss"
 
 
 class _StepClock(TrainerCallback):  # type: ignore[misc]

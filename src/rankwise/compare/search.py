@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rankwise.compare.arms import Arm
 from rankwise.compare.runs import BudgetSpent, Trial
-from rankwise.trials.tuning import tune
+from rankwise.tuning import tune
 
 Run = Callable[[Arm], Trial]
 MOST_RATES = 8
@@ -111,7 +111,7 @@ def climb(arm: Arm, run: Run) -> Ladder:
         return tried[rate].validation.loss
 
     try:
-        tuned = tune(validation_loss, arm.recipe.learning_rate, most=MOST_RATES)
+        tuned = tune(validation_loss, arm.recipe.peak_learning_rate, most=MOST_RATES)
     except BudgetSpent:
         best = min(tried, key=lambda rate: tried[rate].validation.loss, default=None)
         return Ladder(dict(sorted(tried.items())), best, False, False)

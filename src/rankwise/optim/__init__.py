@@ -4,6 +4,7 @@ A row makes the optimizer's options as plain values; called with a model they bu
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rankwise.methods import Method, lazy_attributes
 
@@ -14,9 +15,11 @@ class OptimizerMethod(Method):
 
     Attributes:
         learning_rate: of a recipe that names none; what the optimizer itself has where ``lr`` is left out.
+        rate_unit: what a step of rate 1 moves by about 1: the entries of A and B, those of W, or W in spectral norm.
     """
 
     learning_rate: float = 2e-4
+    rate_unit: Literal["pair", "weight", "distance"] = "pair"
 
 
 OPTIMIZERS: dict[str, OptimizerMethod] = {
@@ -31,24 +34,28 @@ OPTIMIZERS: dict[str, OptimizerMethod] = {
         "arXiv 2407.18242",
         "moves the pair so that the weight moves as full fine-tuning would move it",
         1e-4,
+        "weight",
     ),
     "spectral": OptimizerMethod(
         ".optim.spectral:SpectralChoice",
         "arXiv 2507.12142",
         "Muon's step in the space of what the pair can do to the weight, for both halves at once",
         0.03,
+        "distance",
     ),
     "polora": OptimizerMethod(
         ".optim.polora:PoloraChoice",
         "arXiv 2607.17620",
         "a polar step for each half, behind row and column scales",
         0.1,
+        "distance",
     ),
     "lora-muon": OptimizerMethod(
         ".optim.lora_muon:LoraMuonChoice",
         "arXiv 2606.12921",
         "Muon's step for each half, measured in the weight",
         0.1,
+        "distance",
     ),
     "scaled-adam": OptimizerMethod(
         ".optim.scaled_adam:ScaledAdamChoice",
@@ -61,6 +68,7 @@ OPTIMIZERS: dict[str, OptimizerMethod] = {
         "arXiv 2505.21289",
         "full fine-tuning's AdamW as seen from one half, the halves in turn",
         1e-4,
+        "weight",
     ),
 }
 

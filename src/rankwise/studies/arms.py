@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 
 from rankwise.studies.runs import Runs
 from rankwise.train.recipe import Recipe
-from rankwise.trials.tuning import tune
+from rankwise.tuning import tune
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _arm(runs: Runs, recipe: Recipe, seeds: int) -> Arm:
     def at(rate: float, seed: int) -> Recipe:
         return recipe.model_copy(update={"learning_rate": rate, "seed": seed})
 
-    tuned = tune(lambda rate: runs.adapter(at(rate, recipe.seed)).loss, recipe.learning_rate)
+    tuned = tune(lambda rate: runs.adapter(at(rate, recipe.seed)).loss, recipe.peak_learning_rate)
     outcomes = {seed: runs.adapter(at(tuned.rate, seed)) for seed in range(recipe.seed, recipe.seed + seeds)}
     losses = {seed: outcome.loss for seed, outcome in outcomes.items()}
     parameters = outcomes[recipe.seed].parameters

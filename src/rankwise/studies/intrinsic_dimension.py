@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rankwise.studies.runs import Runs
 from rankwise.train.recipe import Recipe
-from rankwise.trials.tuning import Tuned, tune
+from rankwise.tuning import Tuned, tune
 
 # The share of full fine-tuning's gain that counts as reached.
 SHARE = 0.9
@@ -64,7 +64,7 @@ def intrinsic_dimension(recipe: Recipe, layers: int, runs: Runs, *, largest: int
         return recipe.model_copy(update={"learning_rate": rate})
 
     pretrained = runs.untrained(recipe)
-    full = tune(lambda rate: runs.full(at(rate)).loss, recipe.learning_rate * FULL_OVER_LORA)
+    full = tune(lambda rate: runs.full(at(rate)).loss, recipe.peak_learning_rate * FULL_OVER_LORA)
     weights = runs.full(at(full.rate)).parameters
     goal = pretrained - SHARE * (pretrained - full.loss)
 

@@ -111,7 +111,7 @@ def _described(kind: str, recipe: Recipe, options: dict[str, Any]) -> str:
     targets = recipe.target_modules if isinstance(recipe.target_modules, str) else " ".join(recipe.target_modules)
     rank = f"rank {recipe.rank}, {targets}, " if kind == "adapter" else ""
     extra = "".join(f"{name} {value}, " for name, value in options.items())
-    return f"{kind}: {rank}{extra}learning rate {recipe.learning_rate:g}, seed {recipe.seed}: held-out loss"
+    return f"{kind}: {rank}{extra}learning rate {recipe.peak_learning_rate:g}, seed {recipe.seed}: held-out loss"
 
 
 def _targets(model: Any, recipe: Recipe) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def run_study(name: str, recipe: Recipe, directory: Path, seeds: int, console: C
         raise RecipeError(f"study: expected one of {', '.join(STUDIES)}, found {name!r}{nearest(name, STUDIES)}")
     if seeds < 1:
         raise RecipeError(f"study: expected 1 seed at least, found {seeds}")
+    _ = recipe.peak_learning_rate  # at which searches begin: says so where it is no number
     loaded = run.load(recipe, console)
     return STUDIES[name].conduct(Request(recipe, loaded, Runs(directory, console), seeds))
 

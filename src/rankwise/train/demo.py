@@ -99,7 +99,7 @@ def _comparison(outcomes: dict[str, Outcome]) -> Table:
     table.add_row("loss on unseen books, before", *(f"{m['eval_loss_before']:.3f}" for m in metrics))
     table.add_row("loss on unseen books, after", *(f"[bold]{m['eval_loss_after']:.3f}[/]" for m in metrics))
     table.add_row("first step: agreement with full fine-tuning", *(f"{o.alignment:.0%}" for o in outcomes.values()))
-    table.add_row("learning rate", *(f"{o.result.prepared.recipe.learning_rate:g}" for o in outcomes.values()))
+    table.add_row("learning rate", *(f"{o.result.prepared.recipe.peak_learning_rate:g}" for o in outcomes.values()))
     table.add_row("trained parameters", *(f"{m['trainable_parameters']:,}" for m in metrics))
     table.add_row("training time", *(f"{m['train_seconds']:.0f} s" for m in metrics))
     return table

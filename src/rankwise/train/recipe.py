@@ -30,6 +30,7 @@ Method = str | dict[str, Any]
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -152,8 +153,12 @@ class TrainingFields(_Section):
     """Training"""
 
     output_dir: str = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
-    learning_rate: float = Field(
-        default_factory=_own_learning_rate, gt=0, description="Peak learning rate; default: the optimizer's own."
+    learning_rate: Rate | Literal["auto"] = Field(
+        default_factory=_own_learning_rate,
+        description="Peak learning rate; auto: from rules and a short probe; default: the optimizer's own.",
+    )
+    rate_probe_steps: Annotated[int, Field(ge=6)] | None = Field(
+        None, description="Optimizer steps that auto may take in all; default: 15 % of the run's, 60 to 120."
     )
     per_device_train_batch_size: Positive = Field(8, description="Samples a step and device.")
     per_device_eval_batch_size: Positive = Field(8, description="Samples an evaluation step and device.")
@@ -200,6 +205,20 @@ class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, Adapt
     >>> Recipe(model="smollm2-135m", data="kjv", rank=16).rank
     16
     """
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """``learning_rate`` as a number.
+
+        Raises:
+            RecipeError: it is auto, and no run has chosen one.
+        """
+        if self.learning_rate == "auto":
+            raise RecipeError(
+                "`learning_rate`: auto is chosen by a run of its own before its first step; expected a number here, "
+                "from which a search may begin"
+            )
+        return self.learning_rate
 
     @property
     def memory_budget(self) -> int | None:

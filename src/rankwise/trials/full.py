@@ -54,12 +54,12 @@ def _adamw(parameters: Sequence[Tensor], lr: float, recipe: Recipe) -> torch.opt
 
 def adamw(weights: Sequence[Tensor], others: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     """torch's AdamW on everything."""
-    return _adamw([*weights, *others], recipe.learning_rate, recipe)
+    return _adamw([*weights, *others], recipe.peak_learning_rate, recipe)
 
 
 def muon(weights: Sequence[Tensor], others: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
     """torch's Muon on the target weights, which are matrices; AdamW on what else is trained, as a new head."""
-    matrices = torch.optim.Muon(list(weights), recipe.learning_rate, weight_decay=recipe.weight_decay)
+    matrices = torch.optim.Muon(list(weights), recipe.peak_learning_rate, weight_decay=recipe.weight_decay)
     return Joint(matrices, _adamw(others, OTHERS_LR, recipe)) if others else matrices
 
 

@@ -38,5 +38,7 @@ def show_plan(loaded: Loaded, console: Console) -> None:
 
 def _rate(recipe: Recipe) -> str:
     name = recipe.optimizer if isinstance(recipe.optimizer, str) else recipe.optimizer["name"]
+    if recipe.learning_rate == "auto":
+        return f"Optimizer: {name}, peak learning rate chosen before the first step"
     default = "" if "learning_rate" in recipe.model_fields_set else ", its default"
     return f"Optimizer: {name}, peak learning rate {recipe.learning_rate:g}{default}"

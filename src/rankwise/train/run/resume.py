@@ -45,6 +45,13 @@ def choose(recipe: Recipe, console: Console) -> Path | None:
     return newest
 
 
+def with_rate_of(checkpoint: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the rate that the run chose before its first step, where it was to choose one."""
+    if recipe.learning_rate != "auto":
+        return recipe
+    return recipe.model_copy(update={"learning_rate": checkpoints.facts_of(checkpoint)["recipe"]["learning_rate"]})
+
+
 def check_exact(checkpoint: Path, now: Mapping[str, Any], console: Console, *, anyway: bool) -> None:
     """Compare what the checkpoint was written under with what it would go on under.
 

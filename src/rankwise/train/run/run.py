@@ -28,6 +28,8 @@ from rankwise.report.curve import save_loss_curve
 from rankwise.report.history import points
 from rankwise.report.page import write_report
 from rankwise.train.data.dataset import Batch, Data, load_data
+from rankwise.train.learning_rate import choice as learning_rate
+from rankwise.train.learning_rate.choice import Choice, Search
 from rankwise.train.model.busy import busy
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
@@ -49,7 +51,12 @@ from rankwise.variants.base import FoldableLayer
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed its checks, and the checkpoint that it goes on from. Nothing is trained."""
+    """A run that has passed its checks, and the checkpoint that it goes on from. Nothing is trained.
+
+    Attributes:
+        search: of a learning rate that is still to be chosen.
+        choice: how the rate was chosen, where it was.
+    """
 
     loaded: Loaded
     trainer: AdapterTrainer
@@ -60,6 +67,8 @@ class Prepared:
     alignment: AlignmentCallback | None = None
     trial: TrialStep | None = None
     checkpoint: Path | None = None
+    search: Search | None = None
+    choice: Choice | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -106,6 +115,8 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     """Check the data, and attach the adapter at its start."""
     # What refuses to go on should not wait for the start.
     checkpoint = resume.choose(loaded.recipe, console)
+    if checkpoint is not None:
+        loaded = replace(loaded, recipe=resume.with_rate_of(checkpoint, loaded.recipe))
     prepared = check(loaded, console, title)
     if prepared.trainer.is_world_process_zero():
         check_directory_name(Path(loaded.recipe.output_dir))
@@ -117,7 +128,12 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
         trial = try_step(loaded.model, prepared.batches[0])
     for warning in trial_step_warnings(trial):
         console.print(f"[yellow]{warning}", highlight=False)
-    return replace(prepared, checkpoint=checkpoint, trial=trial)
+    prepared = replace(prepared, checkpoint=checkpoint, trial=trial)
+    if loaded.recipe.learning_rate != "auto":
+        return prepared
+    search = learning_rate.search(prepared.trainer, loaded.sites)
+    console.print(str(search), highlight=False)
+    return replace(prepared, search=search)
 
 
 def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Data | None = None) -> Prepared:
@@ -172,9 +188,26 @@ def execute(prepared: Prepared, console: Console) -> Result:
     with lock.only_writer(prepared.recipe.output_dir, console) if writes else nullcontext():
         if writes:
             resume.tidy(prepared.recipe.output_dir, prepared.checkpoint, console)
+        prepared = _at_chosen_rate(prepared, console)
         first = _change(prepared.model)
         _train(prepared)
         return _written(prepared, first, console)
+
+
+def _at_chosen_rate(prepared: Prepared, console: Console) -> Prepared:
+    """The run at the rate that probes choose, or with the record of how it chose the one that it goes on with."""
+    recipe = prepared.recipe
+    if prepared.search is None:
+        resumed = prepared.checkpoint is not None
+        choice = learning_rate.recorded(recipe.output_dir, recipe.peak_learning_rate) if resumed else None
+        return replace(prepared, choice=choice)
+    with busy(console, "Choosing the learning rate"):
+        choice = prepared.search.choose()
+    console.print(str(choice), highlight=False)
+    learning_rate.save(choice, recipe.output_dir)
+    recipe = recipe.model_copy(update={"learning_rate": choice.rate})
+    prepared.trainer.take_recipe(recipe)
+    return replace(prepared, loaded=replace(prepared.loaded, recipe=recipe), search=None, choice=choice)
 
 
 def _written(prepared: Prepared, first: Adapter | None, console: Console) -> Result:
@@ -218,6 +251,7 @@ def _write_page(result: Result, first: Adapter | None) -> None:
         loss_unit=TASKS[recipe.task].loss_unit,
         metrics=result.metrics,
         sample=result.sample,
+        choice=prepared.choice,
         over_run={} if prepared.alignment is None else prepared.alignment.measured,
     )
     write_report(report, result.page)
@@ -254,6 +288,8 @@ def _metrics(prepared: Prepared, history: list[dict[str, Any]]) -> dict[str, Any
         "eval_loss_before": held_out[0] if held_out else None,
         "eval_loss_after": held_out[-1] if held_out else None,
         "steps": trainer.state.global_step,
+        "learning_rate": prepared.recipe.peak_learning_rate,
+        "learning_rate_choice": None if prepared.choice is None else prepared.choice.to_dict(),
         "train_seconds": points(history, "train_runtime")[1][-1],
         "train_samples": len(trainer.train_dataset),
         "eval_samples": 0 if trainer.eval_dataset is None else len(trainer.eval_dataset),

@@ -13,6 +13,7 @@ from rankwise.adapter import Adapter
 from rankwise.report.history import History
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Alignments, Report
+from rankwise.train.learning_rate.choice import Choice
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.report_parts import adapter_part, low_rank_part_only, texts, versions
@@ -31,6 +32,7 @@ def run_report(
     loss_unit: str,
     metrics: dict[str, Any],
     sample: Sample | None,
+    choice: Choice | None,
     over_run: Alignments,
 ) -> Report:
     """What a run that has just ended did.
@@ -38,6 +40,7 @@ def run_report(
     Args:
         first, last: the adapter before its first step, and now; None where it changes no weight.
         directory: where it lies.
+        choice: how the learning rate was chosen; None where the recipe names it.
         over_run: the alignment as it was measured along the run.
     """
     states = {"the start": first, "the end": last} if first and last else {}
@@ -54,7 +57,7 @@ def run_report(
         samples=[] if sample is None else [texts(sample)],
         configuration=yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False).strip(),
         versions=versions(),
-        notes=_notes(recipe, first, last) if first and last else [],
+        notes=[*(_notes(recipe, first, last) if first and last else []), *_rate_notes(choice)],
     )
 
 
@@ -68,10 +71,17 @@ def _notes(recipe: Recipe, first: Adapter, last: Adapter) -> list[str]:
     return notes
 
 
+def _rate_notes(choice: Choice | None) -> list[str]:
+    """How the learning rate was chosen."""
+    if choice is None:
+        return []
+    return [str(choice), f"The first of them is {choice.guess:g}, the product of these: {'; '.join(choice.reasons)}."]
+
+
 def _headline(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, str]:
     figures = {"trained parameters": f"{metrics['trainable_parameters']:,}", "steps": str(metrics["steps"])}
     if metrics["eval_loss_before"] is not None:
         figures["held-out loss"] = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
     if "accuracy_after" in metrics:
         figures["held-out accuracy"] = f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}"
-    return figures | {"learning rate": f"{recipe.learning_rate:g}", "seed": str(recipe.seed)}
+    return figures | {"learning rate": f"{recipe.peak_learning_rate:g}", "seed": str(recipe.seed)}

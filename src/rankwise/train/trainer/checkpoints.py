@@ -100,6 +100,12 @@ def check_directory(checkpoint: str | Path) -> dict[str, Any]:
     return facts
 
 
+def facts_of(checkpoint: Path) -> dict[str, Any]:
+    """What the manifest of a checkpoint that was checked keeps beside the files."""
+    facts: dict[str, Any] = read_json(checkpoint / MANIFEST)["facts"]
+    return facts
+
+
 def newest_valid(run_dir: str | Path) -> tuple[Path | None, list[BrokenFile]]:
     """The newest checkpoint that is whole, and what is wrong with each newer one. Nothing is changed."""
     broken: list[BrokenFile] = []

@@ -79,6 +79,24 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
 
+    def optimizer_at(self, rate: float) -> torch.optim.Optimizer:
+        """A new optimizer like the run's own, at another rate. The run's is not touched."""
+        run = self.optimizer, self.args.learning_rate
+        self.optimizer, self.args.learning_rate = None, rate
+        try:
+            return self.create_optimizer()
+        finally:
+            self.optimizer, self.args.learning_rate = run
+
+    def take_recipe(self, recipe: Recipe) -> None:
+        """Train as this recipe says, which differs from the one before in a rate that is chosen now."""
+        self.recipe, self.args.learning_rate = recipe, recipe.peak_learning_rate
+
+    def enable_activation_checkpointing(self) -> None:
+        """As training does by itself, for what runs the model before it."""
+        options = dict(self.args.activation_checkpointing_kwargs or {})
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None)
+
     def _chosen_optimizer(self, model: nn.Module) -> torch.optim.Optimizer | None:
         """None for AdamW, whose groups transformers makes itself."""
         args, choice = self.args, self._optimizer_choice
@@ -299,7 +317,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 # Fields that the trainer takes elsewhere or under another name.
-_OURS = ("resume_from_checkpoint", "resume_anyway", "gradient_checkpointing", "save_total_limit")
+_OURS = (
+    *("resume_from_checkpoint", "resume_anyway", "gradient_checkpointing", "save_total_limit"),
+    "rate_probe_steps",
+)
 
 
 def sft_config(training: dict[str, Any], *, max_length: int | None, seed: int, has_eval: bool) -> SFTConfig:
@@ -327,6 +348,8 @@ def _refusals() -> Iterator[None]:
 def _arguments(training: dict[str, Any], seed: int, has_eval: bool) -> dict[str, Any]:
     """Recipe fields under transformers' names; the additions below are what the fields imply."""
     given = {name: value for name, value in training.items() if name not in _OURS}
+    if given["learning_rate"] == "auto":
+        del given["learning_rate"]  # the trainer is told once it is chosen
     evaluate = "no" if not has_eval else "epoch" if given["eval_steps"] is None else "steps"
     return {
         **given,

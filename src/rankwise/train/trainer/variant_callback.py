@@ -11,6 +11,13 @@ from rankwise.adapted.adapted import active_specs
 from rankwise.variants.base import TrainingHook, Variant
 
 
+def training_hooks(model: nn.Module, steps: int) -> tuple[TrainingHook, ...]:
+    """Those of the active adapters' variants, for a run of so many steps."""
+    variants = {spec.variant for spec in active_specs(model).values() if isinstance(spec.variant, Variant)}
+    made = [variant.training_hook(model, steps) for variant in variants]
+    return tuple(hook for hook in made if hook is not None)
+
+
 class VariantCallback(TrainerCallback):  # type: ignore[misc]
     """Calls the training hooks of the active adapters' variants (AdaLoRA's allocator); it may stand in any trainer."""
 
@@ -19,9 +26,7 @@ class VariantCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        variants = {spec.variant for spec in active_specs(model).values() if isinstance(spec.variant, Variant)}
-        made = [variant.training_hook(model, state.max_steps) for variant in variants]
-        self.hooks = tuple(hook for hook in made if hook is not None)
+        self.hooks = training_hooks(model, state.max_steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
