@@ -20,7 +20,7 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import SpecError, UnsupportedAdapter
 from rankwise.files import read_json, write_json
-from rankwise.format.configuration import read_extra, stated_fields, variant_recorded
+from rankwise.format.configuration import read_extra, relative_start, stated_fields, variant_recorded
 from rankwise.format.layout import SiteReader, StoredSite, by_site
 from rankwise.format.names import CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
 from rankwise.methods import name_of
@@ -146,12 +146,23 @@ def read_adapter(directory: str | Path) -> Adapter:
 
     Raises:
         BrokenFile, UnsafeFile: the files are absent, truncated, malformed, a pickle, or lead out of the directory.
-        UnsupportedAdapter: not LoRA, or with parts that are not read here.
+        UnsupportedAdapter: not LoRA, with parts that are not read here, or a change of another base than its own.
         SpecError: rank or alpha that is not a positive number.
         MissingTensor, UnexpectedTensor, ShapeMismatch, NonFiniteTensor: the tensors do not fit the configuration.
     """
     folder = Path(directory)
     config = read_json(folder / CONFIG)
+    start = relative_start(config)
+    if start is not None:
+        raise UnsupportedAdapter(
+            f"{folder}: its pairs are relative to a base that init_lora_weights {start!r} had changed; expected "
+            f"changes of the pretrained weights: load it on its base and save it, which writes those"
+        )
+    return read_pairs(folder, config)
+
+
+def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
+    """Like :func:`read_adapter`; where the configuration has a relative start, with the pairs as they are stored."""
     fields = stated_fields(folder / CONFIG, config)
     tensors = read_tensors(folder / TENSORS)
     # Modules trained whole stand in the file under their own names.

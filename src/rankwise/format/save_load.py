@@ -15,10 +15,11 @@ from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
 from rankwise.format.built import BuiltAdapter, base_layer
-from rankwise.format.configuration import is_own
+from rankwise.format.configuration import is_own, relative_start
 from rankwise.format.names import BASE_COPY, CONFIG, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
-from rankwise.format.peft import read_adapter, write_adapter
+from rankwise.format.peft import read_pairs, write_adapter
+from rankwise.format.relative import change_of_base
 from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import forbid_repacking, is_quantised
 from rankwise.methods import name_of
@@ -103,10 +104,12 @@ def load(
     if trainable:
         forbid_repacking(model)
     root, folder = base_root(model), Path(directory)
-    if is_own(read_json(folder / CONFIG)):
+    config = read_json(folder / CONFIG)
+    if is_own(config):
         adapter = read_own_form(root, folder)
     else:
-        adapter = _built(root, read_adapter(folder), folder)
+        with switched_off(model):  # what a pair is relative to are the pretrained weights
+            adapter = _built(root, read_pairs(folder, config), relative_start(config), folder)
     _check_allowed(adapter.whole, modules_to_save, folder / TENSORS)
     if not allow_other_base:
         _check_base(root, adapter, folder)
@@ -115,11 +118,15 @@ def load(
     return model
 
 
-def _built(model: nn.Module, adapter: Adapter, folder: Path) -> BuiltAdapter:
-    """The adapter's layers, made for ``model``."""
+def _built(model: nn.Module, adapter: Adapter, start: str | None, folder: Path) -> BuiltAdapter:
+    """The adapter's layers, made for ``model``.
+
+    Args:
+        start: what PEFT took off the base before the pairs were trained, if anything.
+    """
     _check_promised(model, adapter, folder / TENSORS)
     modules = base_modules(model)
-    layers = {path: _restored(modules, path, site, adapter.spec, folder) for path, site in adapter.sites.items()}
+    layers = {path: _restored(modules, path, site, adapter.spec, start, folder) for path, site in adapter.sites.items()}
     base = adapter.base_probe, adapter.base_model, adapter.base_quantised
     return BuiltAdapter(adapter.spec, layers, adapter.saved, *base)
 
@@ -171,7 +178,7 @@ def _check_promised(model: nn.Module, adapter: Adapter, source: Path) -> None:
 
 
 def _restored(
-    modules: Mapping[str, nn.Module], path: str, site: SiteAdapter, spec: LoRA, folder: Path
+    modules: Mapping[str, nn.Module], path: str, site: SiteAdapter, spec: LoRA, start: str | None, folder: Path
 ) -> FoldableLayer:
     """The layer of one site."""
     assert isinstance(spec.variant, PairVariant)
@@ -184,6 +191,8 @@ def _restored(
     weight = kind.weight(layer)
     device, dtype = weight.device, fp32_or_finer(weight.dtype)
     moved = LowRank(delta.B.to(device, dtype), delta.A.to(device, dtype), delta.scale)
+    if start is not None:
+        moved = change_of_base(start, path, layer, kind, moved)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
     restored = spec.variant.restore(described, kind, weight, moved, extra)
     restored.dropout = spec.dropout  # of use only where it is trained on

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from rankwise.errors import BrokenFile, RankwiseError, UnsafeFile
 from rankwise.files import check_stays_inside, is_pickle, read_json, sha256, tensor_entries
-from rankwise.format.configuration import is_own, read_extra, stated_fields, variant_recorded
+from rankwise.format.configuration import is_own, read_extra, relative_start, stated_fields, variant_recorded
 from rankwise.format.layout import SiteReader, by_site, stray
 from rankwise.format.names import CONFIG, OWN, PREFIX, TENSORS, site_and_suffix
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
@@ -66,6 +66,9 @@ def inspect(directory: str | Path) -> Inspection:
     replaced = tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in whole))
     if replaced:
         notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
+    start = relative_start(config)
+    if start is not None:
+        notes.append(f"its pairs are relative to a base that init_lora_weights {start!r} changed; load finds it again")
     dtypes: Counter[str] = Counter()
     for entry in entries.values():
         dtypes[entry.dtype] += entry.numbers
@@ -74,6 +77,7 @@ def inspect(directory: str | Path) -> Inspection:
         files,
         _text(config.get("peft_type")),
         _text(config.get("base_model_name_or_path")),
+        start,
         None if fields is None else plain_fields(fields),
         tuple(sites),
         replaced,
@@ -159,7 +163,7 @@ def _sites(
 def _site(reader: SiteReader, path: str, part: Mapping[str, TensorEntry], file: TensorFile) -> SiteFacts:
     site = reader.site(path, {suffix: file.array(entry.name) for suffix, entry in part.items()})
     norm = low_rank_norm(site.B, site.A, site.scale)
-    change = norm if math.isfinite(norm) else None
+    change = norm if math.isfinite(norm) and relative_start(reader.config) is None else None
     return SiteFacts(path, site.kind, (len(site.B), site.A.shape[1]), len(site.A), site.scale, _dtypes(part), change)
 
 
