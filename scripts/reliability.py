@@ -206,6 +206,15 @@ FAULTS: tuple[Fault, ...] = (
         (f"{_MEANING}::test_an_entry_that_changes_the_function_is_refused_by_name",
          f"{_MEANING}::test_an_entry_that_changes_nothing_is_taken"),
     ),
+    Fault(
+        "Tensors of modules that the configuration does not select, or under names that PEFT does not read",
+        "`UnexpectedTensor` names the module; those selected by ends of names, regular expressions, exclusions and "
+        "layer numbers are those that PEFT selects.",
+        (f"{_MEANING}::test_modules_are_selected_as_peft_selects_them",
+         f"{_MEANING}::test_tensors_that_the_configuration_does_not_select",
+         f"{_MEANING}::test_all_linear_selects_linear_layers", f"{_MEANING}::test_no_target_modules",
+         f"{_MEANING}::test_names_that_peft_does_not_read"),
+    ),
 )  # fmt: skip
 
 _INTRODUCTION = """\

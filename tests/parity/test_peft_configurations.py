@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from zoo import left_as_it_was
 
 import rankwise as rw
-from rankwise.errors import UnsupportedAdapter
+from rankwise.errors import BaseMismatch, SpecError, UnexpectedTensor, UnsupportedAdapter
 from rankwise.format.peft import read_adapter
 from rankwise.inspection.inspection import inspect
 
@@ -184,3 +185,131 @@ def test_an_entry_that_changes_nothing_is_taken(name: str, tmp_path: Path):
     rewritten(tmp_path, **NEUTRAL[name])
     assert not inspect(tmp_path).problems
     assert (outputs(rw.load(base, tmp_path)) - expected).abs().max() <= 1e-5
+
+
+# -------------------------------------------------------------------------------------------------- what is selected
+
+
+class Nested(nn.Module):
+    """Layers in numbered lists, one inside the other, whose names end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.fc = nn.Embedding(64, 8), nn.Linear(8, 8)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"fc": nn.Linear(8, 8), "experts": nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])})
+            for _ in range(3)
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.fc(self.embed(ids))
+        for layer in self.layers:
+            x = x + torch.tanh(layer["fc"](x)) + layer["experts"][1](layer["experts"][0](x))
+        return x
+
+
+SELECTING: dict[str, dict[str, Any]] = {
+    "ends": {"target_modules": ["fc"]},
+    "whole paths": {"target_modules": ["layers.1.fc", "layers.2.experts.0"]},
+    "regex": {"target_modules": r"layers\.\d+\.(fc|experts\.0)"},
+    "excluded": {"target_modules": ["fc", "experts.1"], "exclude_modules": ["layers.1.fc", "0.experts.1"]},
+    "excluded by a regex": {"target_modules": ["fc", "experts.1"], "exclude_modules": r"layers\.[01]\..*"},
+    "numbers": {"target_modules": ["fc", "experts.1"], "layers_to_transform": [0, 2]},
+    "numbers in lists": {"target_modules": ["fc"], "layers_to_transform": 1, "layers_pattern": ["h", "layers"]},
+    "a path needs no number": {"target_modules": ["fc", "layers.0.fc"], "layers_to_transform": [2]},
+    "in no number": {"target_modules": ["fc", "embed", "layers.1.fc"], "layers_to_transform": [2]},
+    "not in a module trained whole": {"target_modules": ["fc", "experts.1"], "modules_to_save": ["layers.2.fc"]},
+}
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_modules_are_selected_as_peft_selects_them(name: str, tmp_path: Path):
+    base = Nested()
+    theirs = written(base, tmp_path, size=0.2, r=2, **SELECTING[name])
+    ours = rw.load(copy.deepcopy(base), tmp_path)
+    assert (outputs(ours) - outputs(theirs)).abs().max() <= 1e-5
+    adapted = [path for path, module in theirs.base_model.model.named_modules() if hasattr(module, "lora_A")]
+    assert [pair.name for pair in rw.pairs(ours)] == adapted
+    assert not inspect(tmp_path).problems
+
+
+EVERYTHING = r"embed|fc|layers\..*(fc|experts\.\d)"
+DESELECTED: dict[str, dict[str, Any]] = {
+    "ends": {"target_modules": ["fc"]},
+    "regex": {"target_modules": r".*\.fc"},
+    "excluded": {"exclude_modules": ["embed"]},
+    "excluded by a regex": {"exclude_modules": r"layers\.1\..*"},
+    "numbers": {"target_modules": ["embed", "fc", "0", "1"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    "a whole module": {"modules_to_save": ["experts.0"]},
+}
+
+
+@pytest.mark.parametrize("name", DESELECTED)
+def test_tensors_that_the_configuration_does_not_select(name: str, tmp_path: Path):
+    """PEFT leaves them aside, so that to apply them would be another function."""
+    base = Nested()
+    whole = outputs(written(base, tmp_path, size=0.2, r=2, target_modules=EVERYTHING))
+    rewritten(tmp_path, **DESELECTED[name])
+    model = Nested()
+    with left_as_it_was(model), pytest.raises((UnexpectedTensor, BaseMismatch)):
+        rw.load(model, tmp_path)
+    assert any(problem.startswith("UnexpectedTensor") for problem in inspect(tmp_path).problems)
+    if name != "a whole module":  # PEFT asks for that one's own tensors
+        theirs = PeftModel.from_pretrained(base, str(tmp_path))
+        assert (outputs(theirs) - whole).abs().max() > 1e-3
+
+
+def test_all_linear_selects_linear_layers(tmp_path: Path):
+    base = _llama()
+    expected = outputs(written(base, tmp_path / "a", r=2, target_modules="all-linear"))
+    rewritten(tmp_path / "a", target_modules="all-linear")
+    assert (outputs(rw.load(_llama(), tmp_path / "a")) - expected).abs().max() <= 1e-5
+    written(base, tmp_path / "b", r=2, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    rewritten(tmp_path / "b", target_modules="all-linear")
+    with left_as_it_was(base), pytest.raises(UnexpectedTensor, match=r"'all-linear' does not select in this model"):
+        rw.load(base, tmp_path / "b")
+
+
+@pytest.mark.parametrize("targets", [None, []])
+def test_no_target_modules(targets: Any, tmp_path: Path):
+    written(_stack(), tmp_path, r=2, target_modules=["1"])
+    rewritten(tmp_path, target_modules=targets)
+    with pytest.raises(UnsupportedAdapter, match=r"target_modules is (None|\[\]).*write them there"):
+        rw.load(_stack(), tmp_path)
+    assert any("target_modules" in problem for problem in inspect(tmp_path).problems)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layers_to_transform": ["0"]}, {"layers_to_transform": [0], "target_modules": "1|3"},
+               {"layers_to_transform": [0], "layers_pattern": 3}],
+)  # fmt: skip
+def test_numbers_of_layers_that_cannot_be_used(fields: dict[str, Any], tmp_path: Path):
+    written(_stack(), tmp_path, r=2, target_modules=["1", "3"])
+    rewritten(tmp_path, **fields)
+    with pytest.raises(SpecError, match="layers_"):
+        rw.load(_stack(), tmp_path)
+    assert any(problem.startswith("SpecError") for problem in inspect(tmp_path).problems)
+
+
+SPELLINGS: dict[str, tuple[str, str]] = {
+    "without the prefix": ("base_model.model.1.", "1."),
+    "with half of it": ("base_model.model.1.", "model.1."),
+    "a bare pair": ("1.lora_A.weight", "1.lora_A"),
+    "with an adapter's name": ("1.lora_B.weight", "1.lora_B.default.weight"),
+    "a weight of an embedding's": ("0.lora_embedding_A", "0.lora_embedding_A.weight"),
+}
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["instead", "both"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_names_that_peft_does_not_read(name: str, both: bool, tmp_path: Path):
+    written(_stack(), tmp_path, r=2, target_modules=["0", "1"])
+    path, (old, new) = tmp_path / "adapter_model.safetensors", SPELLINGS[name]
+    tensors = load_file(path)
+    renamed = {key.replace(old, new): tensor.clone() for key, tensor in tensors.items()}
+    save_file(tensors | renamed if both else renamed, path)
+    model = _stack()
+    with left_as_it_was(model), pytest.raises(UnexpectedTensor, match="belongs to no adapter site, and PEFT would"):
+        rw.load(model, tmp_path)
+    assert any(problem.startswith("UnexpectedTensor") for problem in inspect(tmp_path).problems)
