@@ -27,6 +27,7 @@ class Fault(NamedTuple):
 _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
 _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
+_MEANING = "parity/test_peft_configurations.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -190,6 +191,29 @@ FAULTS: tuple[Fault, ...] = (
          "unit/test_gradient_cache.py::test_an_interrupted_collection_leaves_no_trace",
          "unit/test_gradient_cache.py::test_files_that_are_no_cache_are_named",
          "end_to_end/test_start_alone.py::test_a_cache_of_other_settings_is_refused_before_training"),
+    ),
+    Fault(
+        "A PEFT file whose pair is relative to a base that its start had changed",
+        "`pissa` and `olora` are found again from the base and read as s(BA − B₀A₀), equal to PEFT's outputs to 1e-5; "
+        "starts that no file gives back are refused, with how to convert them.",
+        (f"{_MEANING}::test_a_pair_that_is_relative_to_a_changed_base",
+         f"{_MEANING}::test_an_untrained_relative_pair_changes_nothing",
+         f"{_MEANING}::test_an_entry_that_changes_the_function_is_refused_by_name"),
+    ),
+    Fault(
+        "An entry of `adapter_config.json` that changes what the adapter computes, or is not known",
+        "`UnsupportedAdapter` names it; those that change nothing are listed, and taken.",
+        (f"{_MEANING}::test_an_entry_that_changes_the_function_is_refused_by_name",
+         f"{_MEANING}::test_an_entry_that_changes_nothing_is_taken"),
+    ),
+    Fault(
+        "Tensors of modules that the configuration does not select, or under names that PEFT does not read",
+        "`UnexpectedTensor` names the module; those selected by ends of names, regular expressions, exclusions and "
+        "layer numbers are those that PEFT selects.",
+        (f"{_MEANING}::test_modules_are_selected_as_peft_selects_them",
+         f"{_MEANING}::test_tensors_that_the_configuration_does_not_select",
+         f"{_MEANING}::test_all_linear_selects_linear_layers", f"{_MEANING}::test_no_target_modules",
+         f"{_MEANING}::test_names_that_peft_does_not_read"),
     ),
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Adapter: the portable value of a trained adapter, its spec and each site's tensors, without a model."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class Adapter:
         spec: what made it; for a file that another library wrote, what its configuration says.
         sites: module path → its part.
         targets: the shortest list of module names that selects exactly these sites on the base they came from, or a
-            regular expression where no list does.
+            regular expression where no list does, or the base is not known.
         base_probe: module path → 16 evenly spaced base weights, by which another base is recognised.
         base_quantised: whether those weights were dequantised ones, which stand for others.
         base_model: name or path of the base, where known.
@@ -100,8 +100,13 @@ def shortest_targets(model: nn.Module, sites: list[str]) -> str | tuple[str, ...
     ends = {site: (site.rpartition(".")[2], site) for site in sites}
     exact = {end for pair in ends.values() for end in pair if by_end[end] <= chosen}
     if not exact.issuperset(sites):
-        return "|".join(re.escape(site) for site in sorted(sites))
+        return one_of_each(sites)
     return tuple(sorted({last if last in exact else site for last, site in ends.values()}))
+
+
+def one_of_each(sites: Iterable[str]) -> str:
+    """The regular expression that these paths match, and no others."""
+    return "|".join(re.escape(site) for site in sorted(sites))
 
 
 def base_probes(model: nn.Module, sites: list[str]) -> dict[str, tuple[float, ...]]:

@@ -10,14 +10,16 @@ from rankwise.base_probe import read_probes
 from rankwise.errors import BrokenFile, MissingTensor, SpecError, UnsafeFile, UnsupportedAdapter
 from rankwise.files import read_json
 from rankwise.format.names import EXTRA, FORMAT_VERSION, OWN, TENSORS
-from rankwise.methods import name_of, resolve
+from rankwise.methods import name_of, nearest, resolve
 from rankwise.spec import checked
 from rankwise.variants import VARIANTS
 
 if TYPE_CHECKING:
     from rankwise.variants.base import PairVariant
 
-_DEFAULTS: dict[str, Any] = {  # fields that change what an adapter computes, with the one value that is read here
+# Entries that change what an adapter computes, with the value at which they do not; an empty one is off as well.
+_NEUTRAL: dict[str, Any] = {
+    "bias": "none",
     "lora_bias": False,
     "megatron_config": None,
     "layer_replication": None,
@@ -25,7 +27,13 @@ _DEFAULTS: dict[str, Any] = {  # fields that change what an adapter computes, wi
     "target_parameters": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "ensure_weight_tying": False,
 }
+_OFF: tuple[Any, ...] = (None, False, "", [], {})
 _RUNS_CODE = ("auto_map", "trust_remote_code", "custom_code")
 _TYPES: dict[str, type] = {
     "base_model_name_or_path": str,
@@ -35,12 +43,22 @@ _TYPES: dict[str, type] = {
     "rank_pattern": dict,
     "alpha_pattern": dict,
 }
-# Fields of PEFT's that mark no variant, whatever they say.
-_NO_MARKS = {
-    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "init_r", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "target_modules", "task_type", "use_rslora",
+_READ = {
+    "alpha_pattern", "base_model_name_or_path", "exclude_modules", "init_lora_weights", "init_r", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
+    "target_modules", "use_rslora",
 }  # fmt: skip
+# Of training, of the search for a start, of how a layer stores its weight, or for the reader.
+_WITHOUT_EFFECT = {
+    "auto_mapping", "beta1", "beta2", "corda_config", "deltaT", "eva_config", "fan_in_fan_out", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "orth_reg_weight", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "target_r", "task_type", "tfinal", "tinit", "total_step", "velora_config",
+}  # fmt: skip
+# Starts that leave the base as it is, so that a pair means ΔW = s·B A.
+_PLAIN_STARTS = (*_OFF, True, "gaussian", "eva", "orthogonal", "mica")
+# Starts that PEFT takes off the base, and finds again from the base alone.
+_REPEATABLE_STARTS = ("pissa", "olora")
+_OTHER_STARTS = ("pissa_niter_", "corda", "lora_ga", "loftq")
 
 
 def stated_fields(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,14 +102,56 @@ def _check_supported(source: Path, config: Mapping[str, Any]) -> None:
         raise BrokenFile(f"{source}: no peft_type; expected 'LORA': this is not an adapter's configuration")
     if kind not in ("LORA", "ADALORA"):
         raise UnsupportedAdapter(f"{source}: peft_type is {kind!r}; expected 'LORA' or 'ADALORA'")
-    if config.get("bias", "none") != "none":
-        raise UnsupportedAdapter(f"{source}: bias is {config['bias']!r}; expected 'none' (trained biases are not read)")
     for name, kinds in _TYPES.items():
         if not isinstance(config.get(name), kinds | None):
             raise BrokenFile(f"{source}: {name} is {config[name]!r}; expected {kinds.__name__} or null")
-    for name, value in _DEFAULTS.items():
-        if config.get(name, value) not in (value, [], {}):
-            raise UnsupportedAdapter(f"{source}: {name} is {config[name]!r}; expected {value!r}")
+    for name, neutral in _NEUTRAL.items():
+        if config.get(name) not in (*_OFF, neutral):
+            raise UnsupportedAdapter(
+                f"{source}: {name} is {config[name]!r}; expected {neutral!r}: it changes what the adapter computes and "
+                f"is not read here; merge it into its base with the library that wrote it"
+            )
+    _check_known(source, config)
+    _check_start(source, config)
+
+
+def _check_known(source: Path, config: Mapping[str, Any]) -> None:
+    """Refuse what may mean anything: the entries of a newer PEFT's, or of another library's."""
+    for name in _unknown(config):
+        if not any(config[name] == variant.marks.get(name) for variant in pair_variants().values()):
+            raise UnsupportedAdapter(
+                f"{source}: {name} is {config[name]!r}, an entry that is not known here and may change what the "
+                f"adapter computes; expected PEFT's entries: remove it if it does not{nearest(name, _READ)}"
+            )
+
+
+def _unknown(config: Mapping[str, Any]) -> list[str]:
+    """The entries that are on, and are no plain LoRA's."""
+    known = {*_READ, *_WITHOUT_EFFECT, *_NEUTRAL}
+    return [name for name, value in config.items() if name not in known and value not in _OFF]
+
+
+def _check_start(source: Path, config: Mapping[str, Any]) -> None:
+    start = config.get("init_lora_weights")
+    if is_adalora(config) or start in _PLAIN_STARTS or relative_start(config):
+        return
+    if not isinstance(start, str) or not start.startswith(_OTHER_STARTS):
+        known = ", ".join(map(str, (*_PLAIN_STARTS[len(_OFF) :], *_REPEATABLE_STARTS)))
+        raise UnsupportedAdapter(f"{source}: init_lora_weights is {start!r}; expected one of {known}")
+    raise UnsupportedAdapter(
+        f"{source}: init_lora_weights is {start!r}: its pair was trained on a base that the start had changed, and no "
+        f"file holds that base; expected a change of the pretrained one: where it was trained, convert it with PEFT's "
+        f"save_pretrained(..., path_initial_model_for_weight_conversion=<the adapter before its first step>)"
+    )
+
+
+def relative_start(config: Mapping[str, Any]) -> str | None:
+    """The start that PEFT took off the base before training, and takes off again whenever it reads the file.
+
+    The pair is then relative to that base: see :mod:`rankwise.format.relative`. None where ΔW = s·B A.
+    """
+    start = config.get("init_lora_weights")
+    return start if start in _REPEATABLE_STARTS and not is_adalora(config) else None
 
 
 def is_own(config: Mapping[str, Any]) -> bool:
@@ -106,7 +166,7 @@ def is_adalora(config: Mapping[str, Any]) -> bool:
 
 def variant_marked(config: Mapping[str, Any]) -> str:
     """The variant whose marks a configuration bears; "lora" where there is none."""
-    if any(value for name, value in config.items() if name not in _NO_MARKS):
+    if _unknown(config):
         for name, variant in pair_variants().items():
             if variant.marks and all(config.get(key) == value for key, value in variant.marks.items()):
                 return name

@@ -3,7 +3,7 @@
 Nothing here needs torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -12,22 +12,32 @@ from typing import Any, TypeVar
 from rankwise.errors import MissingTensor, ShapeMismatch, SpecError, TargetError, UnexpectedTensor, UnsupportedAdapter
 from rankwise.format.adalora import as_plain_pair
 from rankwise.format.configuration import is_adalora, pair_variants
-from rankwise.format.names import BASE_COPY, CONFIG, EMBEDDING_PAIR, PAIR, TENSORS, site_and_suffix
-from rankwise.patterns import pattern_values
+from rankwise.format.names import BASE_COPY, CONFIG, EMBEDDING_PAIR, PAIR, PREFIX, TENSORS, site_and_suffix
+from rankwise.patterns import keys_under, pattern_values
 from rankwise.scaling import declared
 
 T = TypeVar("T")
 
 
-def by_site(source: Path, tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
+def whole_keys(keys: Iterable[str], config: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Those of a file's names that are of modules trained whole, which stand there under their own names."""
+    under = keys_under(fields["modules_to_save"], keys)
+    return [key for key in under if site_and_suffix(key, bare_pairs=is_adalora(config)) is None]
+
+
+def by_site(source: Path, tensors: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, dict[str, T]]:
     """Module path → file suffix → tensor.
+
+    Args:
+        source: the file, for the error.
+        config: of the adapter, whose kind decides how names are spelt.
 
     Raises:
         UnexpectedTensor: one is no site's, or a second one for its place. MissingTensor: there are none.
     """
     sites: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
-        path_and_suffix = site_and_suffix(key)
+        path_and_suffix = site_and_suffix(key, bare_pairs=is_adalora(config))
         if path_and_suffix is None:
             raise stray(source, key, tensor)
         path, suffix = path_and_suffix
@@ -41,7 +51,11 @@ def by_site(source: Path, tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
 
 def stray(source: Path, key: str, tensor: Any) -> UnexpectedTensor:
     """The error for a tensor, an array, or what a header says of one, that is no site's."""
-    return UnexpectedTensor(f"{source}: {key} {tuple(tensor.shape)} belongs to no adapter site; it is not read")
+    expected = f"names such as {PREFIX}<module>.lora_A.weight"
+    return UnexpectedTensor(
+        f"{source}: {key} {tuple(tensor.shape)} belongs to no adapter site, and PEFT would leave it aside; expected "
+        f"{expected}: rename it, or take it out"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,20 @@ OWN = "RANKWISE_"  # begins the ``peft_type`` of an adapter that no pair express
 PREFIX = "base_model.model."  # before a module's path
 PAIR, EMBEDDING_PAIR = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 BASE_COPY = "base_layer"  # PEFT saves an adapted embedding's own weight along
-_KEY = re.compile(rf"(?P<path>.+)\.(?P<suffix>lora_\w+|{BASE_COPY})(\.weight)?$")
+_EITHER = ("lora_magnitude_vector",)  # with and without ".weight"
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<suffix>lora_\w+|{BASE_COPY})(?P<weight>\.weight)?")
 
 
-def site_and_suffix(key: str) -> tuple[str, str] | None:
-    """Module path and kind of tensor that a name in the file tells of; None where it is no site's."""
-    match = _KEY.match(key.removeprefix(PREFIX))
-    return None if match is None else (match["path"], match["suffix"])
+def site_and_suffix(key: str, *, bare_pairs: bool = False) -> tuple[str, str] | None:
+    """Module path and kind of tensor that a name in the file tells of; None where it is no site's, as PEFT spells it.
+
+    Args:
+        bare_pairs: whether ``lora_A`` and ``lora_B`` are tensors, as AdaLoRA has them, and not modules with a weight.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    suffix = match["suffix"]
+    has_weight = suffix == BASE_COPY or (suffix in PAIR and not bare_pairs)
+    spelt = suffix in _EITHER or bool(match["weight"]) == has_weight
+    return (match["path"], suffix) if spelt else None

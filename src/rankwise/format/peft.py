@@ -15,16 +15,16 @@ from typing import Any
 
 from torch import Tensor
 
-from rankwise.adapter import Adapter, SiteAdapter
+from rankwise.adapter import Adapter, SiteAdapter, one_of_each
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import SpecError, UnsupportedAdapter
 from rankwise.files import read_json, write_json
-from rankwise.format.configuration import read_extra, stated_fields, variant_recorded
-from rankwise.format.layout import SiteReader, StoredSite, by_site
+from rankwise.format.configuration import read_extra, relative_start, stated_fields, variant_recorded
+from rankwise.format.layout import SiteReader, StoredSite, by_site, whole_keys
 from rankwise.format.names import CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
+from rankwise.format.selection import stated_selection
 from rankwise.methods import name_of
-from rankwise.patterns import keys_under
 from rankwise.scaling import Scaling, declared
 from rankwise.spec import LoRA
 from rankwise.tensor_files import read_tensors, write_tensors
@@ -146,26 +146,35 @@ def read_adapter(directory: str | Path) -> Adapter:
 
     Raises:
         BrokenFile, UnsafeFile: the files are absent, truncated, malformed, a pickle, or lead out of the directory.
-        UnsupportedAdapter: not LoRA, or with parts that are not read here.
+        UnsupportedAdapter: not LoRA, with parts that are not read here, or a change of another base than its own.
         SpecError: rank or alpha that is not a positive number.
         MissingTensor, UnexpectedTensor, ShapeMismatch, NonFiniteTensor: the tensors do not fit the configuration.
     """
     folder = Path(directory)
     config = read_json(folder / CONFIG)
+    start = relative_start(config)
+    if start is not None:
+        raise UnsupportedAdapter(
+            f"{folder}: its pairs are relative to a base that init_lora_weights {start!r} had changed; expected "
+            f"changes of the pretrained weights: load it on its base and save it, which writes those"
+        )
+    return read_pairs(folder, config)
+
+
+def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
+    """Like :func:`read_adapter`; where the configuration has a relative start, with the pairs as they are stored."""
     fields = stated_fields(folder / CONFIG, config)
     tensors = read_tensors(folder / TENSORS)
-    # Modules trained whole stand in the file under their own names.
-    whole = {key.removeprefix(PREFIX): tensors.pop(key) for key in keys_under(fields["modules_to_save"], tensors)}
-    parts = by_site(folder / TENSORS, tensors)
+    whole = {key.removeprefix(PREFIX): tensors.pop(key) for key in whole_keys(tensors, config, fields)}
+    parts = by_site(folder / TENSORS, tensors, config)
+    stated_selection(folder / CONFIG, config, fields).check(parts)
     reader = SiteReader(folder, config, fields, list(parts))
     sites = {path: _site_adapter(reader.site(path, part)) for path, part in parts.items()}
     extra, probes = read_extra(folder, sites)
-    # Names that layers_to_transform narrows down select more than the adapter has.
-    selects = config.get("target_modules") and config.get("layers_to_transform") is None
     return Adapter(
         _recorded(folder / EXTRA, extra, LoRA(**fields)),
         sites,
-        fields["target_modules"] if selects else (),
+        one_of_each(sites),
         probes,
         config.get("base_model_name_or_path"),
         whole,

@@ -15,15 +15,17 @@ from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
 from rankwise.format.built import BuiltAdapter, base_layer
-from rankwise.format.configuration import is_own
+from rankwise.format.configuration import is_own, relative_start, stated_fields
 from rankwise.format.names import BASE_COPY, CONFIG, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
-from rankwise.format.peft import read_adapter, write_adapter
+from rankwise.format.peft import read_pairs, write_adapter
+from rankwise.format.relative import change_of_base
+from rankwise.format.selection import Selection, stated_selection
 from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import forbid_repacking, is_quantised
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of, keys_under
-from rankwise.planning import whole_modules
+from rankwise.planning import target_layers, whole_modules
 from rankwise.sites import Site, base_modules
 from rankwise.spec import LoRA
 from rankwise.tensor_files import check_fit
@@ -103,10 +105,12 @@ def load(
     if trainable:
         forbid_repacking(model)
     root, folder = base_root(model), Path(directory)
-    if is_own(read_json(folder / CONFIG)):
+    config = read_json(folder / CONFIG)
+    if is_own(config):
         adapter = read_own_form(root, folder)
     else:
-        adapter = _built(root, read_adapter(folder), folder)
+        with switched_off(model):  # what a pair is relative to are the pretrained weights
+            adapter = _built(root, read_pairs(folder, config), config, folder)
     _check_allowed(adapter.whole, modules_to_save, folder / TENSORS)
     if not allow_other_base:
         _check_base(root, adapter, folder)
@@ -115,11 +119,12 @@ def load(
     return model
 
 
-def _built(model: nn.Module, adapter: Adapter, folder: Path) -> BuiltAdapter:
+def _built(model: nn.Module, adapter: Adapter, config: Mapping[str, Any], folder: Path) -> BuiltAdapter:
     """The adapter's layers, made for ``model``."""
-    _check_promised(model, adapter, folder / TENSORS)
-    modules = base_modules(model)
-    layers = {path: _restored(modules, path, site, adapter.spec, folder) for path, site in adapter.sites.items()}
+    selection = stated_selection(folder / CONFIG, config, stated_fields(folder / CONFIG, config))
+    _check_selected(model, adapter, selection, folder / TENSORS)
+    modules, start = base_modules(model), relative_start(config)
+    layers = {path: _restored(modules, path, site, adapter.spec, start, folder) for path, site in adapter.sites.items()}
     base = adapter.base_probe, adapter.base_model, adapter.base_quantised
     return BuiltAdapter(adapter.spec, layers, adapter.saved, *base)
 
@@ -156,22 +161,26 @@ def _check_allowed(whole: Mapping[str, Tensor], names: Sequence[str] | None, sou
         )
 
 
-def _check_promised(model: nn.Module, adapter: Adapter, source: Path) -> None:
-    """Every module that the configuration targets must have its tensors."""
-    targets, excluded = adapter.targets, adapter.spec.exclude_modules
-    if isinstance(targets, str) or isinstance(excluded, str):
-        return  # regular expressions out of a file are not run: one can be made to take forever
+def _check_selected(model: nn.Module, adapter: Adapter, selection: Selection, source: Path) -> None:
+    """Every module that the configuration selects must have its tensors, and no other may."""
+    if selection.targets == "all-linear":
+        strays = adapter.sites.keys() - target_layers(model, "all-linear").keys()
+        if strays:
+            raise UnexpectedTensor(
+                f"{source}: has tensors for {min(strays)}, which target_modules 'all-linear' does not select in this "
+                f"model, so PEFT would leave them aside; name the module in target_modules, or take the tensors out"
+            )
+        return
     layers = [path for path, module in base_modules(model).items() if kind_or_none(module) is not None]
-    elsewhere = {*adapter.sites, *keys_under(adapter.spec.modules_to_save, layers)}
-    wanted, unwanted = set(targets), set(excluded)
-    for path in layers:
-        ends = ends_of(path)
-        if path not in elsewhere and unwanted.isdisjoint(ends) and not wanted.isdisjoint(ends):
-            raise MissingTensor(f"{source}: no tensors for {path}, which target_modules names; the file is incomplete")
+    missing = selection.chosen(layers) - adapter.sites.keys()
+    if missing:
+        raise MissingTensor(
+            f"{source}: no tensors for {min(missing)}, which target_modules names; the file is incomplete"
+        )
 
 
 def _restored(
-    modules: Mapping[str, nn.Module], path: str, site: SiteAdapter, spec: LoRA, folder: Path
+    modules: Mapping[str, nn.Module], path: str, site: SiteAdapter, spec: LoRA, start: str | None, folder: Path
 ) -> FoldableLayer:
     """The layer of one site."""
     assert isinstance(spec.variant, PairVariant)
@@ -184,6 +193,8 @@ def _restored(
     weight = kind.weight(layer)
     device, dtype = weight.device, fp32_or_finer(weight.dtype)
     moved = LowRank(delta.B.to(device, dtype), delta.A.to(device, dtype), delta.scale)
+    if start is not None:
+        moved = change_of_base(start, path, layer, kind, moved)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
     restored = spec.variant.restore(described, kind, weight, moved, extra)
     restored.dropout = spec.dropout  # of use only where it is trained on

@@ -88,6 +88,8 @@ def _lora_only(facts: Inspection) -> Iterator[Rule]:
     yield _own_form(facts)
     yield _states(facts, "variant", "dora"), "no", "DoRA's magnitudes are not read: merge it into its base"
     yield "conv2d" in _kinds(facts), "no", "convolutions are not read: merge it into its base"
+    relative = "load it on its base here and save it: that writes changes of the pretrained weights"
+    yield facts.relative_to is not None, "after export", relative
     yield facts.peft_type == "ADALORA", "after export", "load it here and save it: that writes plain LoRA"
 
 

@@ -34,7 +34,8 @@ class SiteFacts:
         shape: (out, in) of the weight as one matrix.
         rank, scale: of ΔW = scale · B A; of a bottleneck, its width and 1.
         dtype: of the stored tensors.
-        change: ‖ΔW‖_F; None where no pair expresses it, and where it is beyond fp32.
+        change: ‖ΔW‖_F; None where no pair expresses it, where the pair is relative to a changed base, and where it is
+            beyond fp32.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Inspection:
         directory: as given.
         files: the files in it.
         peft_type, base_model: as the configuration names them.
+        relative_to: the start that was taken off the base before the pairs were trained, "pissa" or "olora"; else None.
         spec: the configuration as a spec's plain data, with the variant that ``rankwise.json`` names where PEFT has no
             word for it; None where it cannot be read as one.
         sites: the adapted layers that are sound.
@@ -69,6 +71,7 @@ class Inspection:
     files: tuple[FileFacts, ...]
     peft_type: str | None
     base_model: str | None
+    relative_to: str | None
     spec: dict[str, Any] | None
     sites: tuple[SiteFacts, ...]
     replaced: tuple[str, ...]

@@ -15,13 +15,20 @@ from typing import Any, TypeVar
 
 from rankwise.errors import BrokenFile, RankwiseError, UnsafeFile
 from rankwise.files import check_stays_inside, is_pickle, read_json, sha256, tensor_entries
-from rankwise.format.configuration import is_own, read_extra, stated_fields, variant_recorded
-from rankwise.format.layout import SiteReader, by_site, stray
+from rankwise.format.configuration import (
+    is_adalora,
+    is_own,
+    read_extra,
+    relative_start,
+    stated_fields,
+    variant_recorded,
+)
+from rankwise.format.layout import SiteReader, by_site, stray, whole_keys
 from rankwise.format.names import CONFIG, OWN, PREFIX, TENSORS, site_and_suffix
+from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import verdicts
 from rankwise.inspection.facts import FileFacts, Inspection, SiteFacts
-from rankwise.patterns import keys_under
 from rankwise.spec import plain_fields
 from rankwise.tensor_header import TensorEntry
 
@@ -55,8 +62,10 @@ def inspect(directory: str | Path) -> Inspection:
         fields = problems.catch(lambda: stated_fields(folder / CONFIG, config))
         spec = None if fields is None else plain_fields(fields)
     if fields is not None and header is not None:
-        whole = dict.fromkeys(keys_under(fields["modules_to_save"], entries))
-        parts = _parts(folder / TENSORS, {key: entry for key, entry in entries.items() if key not in whole}, problems)
+        whole = dict.fromkeys(whole_keys(entries, config, fields))
+        changes = {key: entry for key, entry in entries.items() if key not in whole}
+        parts = _parts(folder / TENSORS, changes, config, problems)
+        problems.catch(lambda: stated_selection(folder / CONFIG, config, fields).check(parts))
         extra, _ = problems.catch(lambda: read_extra(folder, parts)) or ({}, {})
         spec = plain_fields({**fields, "variant": variant_recorded(fields["variant"], extra)})
         with opened(folder / TENSORS, entries) as file:
@@ -66,6 +75,9 @@ def inspect(directory: str | Path) -> Inspection:
     replaced = tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in whole))
     if replaced:
         notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
+    start = relative_start(config)
+    if start is not None:
+        notes.append(f"its pairs are relative to a base that init_lora_weights {start!r} changed; load finds it again")
     dtypes: Counter[str] = Counter()
     for entry in entries.values():
         dtypes[entry.dtype] += entry.numbers
@@ -74,6 +86,7 @@ def inspect(directory: str | Path) -> Inspection:
         files,
         _text(config.get("peft_type")),
         _text(config.get("base_model_name_or_path")),
+        start,
         None if fields is None else plain_fields(fields),
         tuple(sites),
         replaced,
@@ -139,11 +152,13 @@ def _file(path: Path, notes: list[str]) -> FileFacts:
     return FileFacts(path.name, size, None)
 
 
-def _parts(source: Path, entries: dict[str, TensorEntry], problems: _Problems) -> dict[str, dict[str, TensorEntry]]:
+def _parts(
+    source: Path, entries: dict[str, TensorEntry], config: Mapping[str, Any], problems: _Problems
+) -> dict[str, dict[str, TensorEntry]]:
     """Module path → file suffix → entry; those that are no site's are taken out of the entries."""
-    for key in [key for key in entries if site_and_suffix(key) is None]:
+    for key in [key for key in entries if site_and_suffix(key, bare_pairs=is_adalora(config)) is None]:
         problems.add(stray(source, key, entries.pop(key)))
-    return problems.catch(lambda: by_site(source, entries)) or {}
+    return problems.catch(lambda: by_site(source, entries, config)) or {}
 
 
 def _sites(
@@ -159,7 +174,7 @@ def _sites(
 def _site(reader: SiteReader, path: str, part: Mapping[str, TensorEntry], file: TensorFile) -> SiteFacts:
     site = reader.site(path, {suffix: file.array(entry.name) for suffix, entry in part.items()})
     norm = low_rank_norm(site.B, site.A, site.scale)
-    change = norm if math.isfinite(norm) else None
+    change = norm if math.isfinite(norm) and relative_start(reader.config) is None else None
     return SiteFacts(path, site.kind, (len(site.B), site.A.shape[1]), len(site.A), site.scale, _dtypes(part), change)
 
 

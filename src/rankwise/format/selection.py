@@ -1,0 +1,110 @@
+"""Which modules a configuration adapts: by their names, as PEFT chooses them. Tensors of others PEFT leaves aside."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import SpecError, TargetError, UnexpectedTensor, UnsupportedAdapter
+from rankwise.format.names import CONFIG, TENSORS
+from rankwise.patterns import ends_of, keys_under, matching
+
+_FIRST_INDEX = r".*?\.[^.]*\."  # PEFT's way to the first number in a path where no layers_pattern is given
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a configuration says of the modules that carry its adapter.
+
+    Attributes:
+        source: the configuration's file, for errors.
+        targets: ends of names, a regular expression for whole names, or "all-linear".
+        excluded: ends of names, or a regular expression, of those left out again.
+        whole: names of modules trained whole; nothing in them is adapted.
+        layers: numbers of the layers that a list of targets is meant for; () for all.
+        layers_pattern: names of the lists that are so numbered; () for any.
+    """
+
+    source: Path
+    targets: str | tuple[str, ...]
+    excluded: str | tuple[str, ...]
+    whole: tuple[str, ...]
+    layers: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+
+    def chosen(self, paths: Collection[str]) -> set[str]:
+        """Those of some module paths that are adapted; of "all-linear", whatever kind of module they are.
+
+        Raises:
+            SpecError: a regular expression is none, or takes too long.
+        """
+        everything = set(paths)
+        targeted = everything if self.targets == "all-linear" else self._named("target_modules", self.targets, paths)
+        if self.layers:
+            exact = everything.intersection(self.targets)  # a whole path needs no number
+            targeted = {path for path in targeted if path in exact or self._layer(path) in self.layers}
+        return targeted - self._named("exclude_modules", self.excluded, paths) - set(keys_under(self.whole, paths))
+
+    def _named(self, field: str, names: str | tuple[str, ...], paths: Collection[str]) -> set[str]:
+        if isinstance(names, tuple):
+            ends = set(names)
+            return {path for path in paths if not ends.isdisjoint(ends_of(path))}
+        try:
+            return matching(field, names, list(paths))
+        except TargetError as error:
+            raise SpecError(f"{self.source}: {error}") from None
+
+    def _layer(self, path: str) -> int | None:
+        """The number of the layer that a module belongs to."""
+        beginnings = [rf"(?:^|.*?\.){re.escape(name)}\." for name in self.layers_pattern] or [_FIRST_INDEX]
+        for beginning in beginnings:
+            match = re.match(rf"{beginning}(\d+)\.", path)
+            if match is not None:
+                return int(match[1])
+        return None
+
+    def check(self, paths: Collection[str]) -> None:
+        """Refuse a file that has tensors for a module which the configuration does not choose.
+
+        Raises:
+            UnexpectedTensor: as it says. SpecError: see :meth:`chosen`.
+        """
+        strays = sorted(set(paths) - self.chosen(paths))
+        if strays:
+            raise UnexpectedTensor(
+                f"{self.source.with_name(TENSORS)}: has tensors for {strays[0]} ({len(strays)} such modules), which "
+                f"{CONFIG} does not select, so PEFT would leave them aside; expected those of the selected modules "
+                f"only: name the module in target_modules, or take the tensors out"
+            )
+
+
+def stated_selection(source: Path, config: Mapping[str, Any], fields: Mapping[str, Any]) -> Selection:
+    """What a configuration selects.
+
+    Args:
+        source: the file, for errors.
+        fields: what it states beside, see :func:`rankwise.format.configuration.stated_fields`.
+
+    Raises:
+        SpecError: the numbers of layers, or the names of their lists, cannot be used.
+        UnsupportedAdapter: it names no targets.
+    """
+    targets, layers = fields["target_modules"], config.get("layers_to_transform")
+    if not config.get("target_modules"):
+        raise UnsupportedAdapter(
+            f"{source}: target_modules is {config.get('target_modules')!r}, which leaves it to PEFT to choose by the "
+            f"model's architecture; expected the names of the modules that the file has tensors for: write them there"
+        )
+    layers = _as_tuple(source, "layers_to_transform", int, layers)
+    pattern = _as_tuple(source, "layers_pattern", str, config.get("layers_pattern"))
+    if layers and isinstance(targets, str):
+        raise SpecError(f"{source}: layers_to_transform goes with a list of target_modules, found {targets!r}")
+    return Selection(source, targets, fields["exclude_modules"], fields["modules_to_save"], layers, pattern)
+
+
+def _as_tuple(source: Path, name: str, kind: type, value: Any) -> tuple[Any, ...]:
+    values: Iterable[Any] = () if value is None or value == "" else value if isinstance(value, list) else [value]
+    if not all(type(item) is kind for item in values):
+        raise SpecError(f"{source}: {name} is {value!r}; expected {kind.__name__}, a list of such, or null")
+    return tuple(values)
