@@ -27,6 +27,7 @@ class Fault(NamedTuple):
 _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
 _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
+_SECOND = "unit/test_second_derivatives.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -190,6 +191,14 @@ FAULTS: tuple[Fault, ...] = (
          "unit/test_gradient_cache.py::test_an_interrupted_collection_leaves_no_trace",
          "unit/test_gradient_cache.py::test_files_that_are_no_cache_are_named",
          "end_to_end/test_start_alone.py::test_a_cache_of_other_settings_is_refused_before_training"),
+    ),
+    Fault(
+        "Second derivatives, torch.func, forward mode",
+        "Those of the folded weights: Hessians and their products, gradient penalties, gradients per sample.",
+        (f"{_SECOND}::test_hessian_vector_products",
+         f"{_SECOND}::test_a_gradient_penalty_trains_what_the_dense_weights_would",
+         f"{_SECOND}::test_transforms_of_the_parameters", f"{_SECOND}::test_gradients_per_sample",
+         f"{_SECOND}::test_hessians_in_the_inputs", f"{_SECOND}::test_forward_mode_through_the_model"),
     ),
 )  # fmt: skip
 
