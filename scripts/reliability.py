@@ -28,6 +28,7 @@ _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
 _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
 _MEANING = "parity/test_peft_configurations.py"
+_SECOND = "unit/test_second_derivatives.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -214,6 +215,14 @@ FAULTS: tuple[Fault, ...] = (
          f"{_MEANING}::test_tensors_that_the_configuration_does_not_select",
          f"{_MEANING}::test_all_linear_selects_linear_layers", f"{_MEANING}::test_no_target_modules",
          f"{_MEANING}::test_names_that_peft_does_not_read"),
+    ),
+    Fault(
+        "Second derivatives, torch.func, forward mode",
+        "Those of the folded weights: Hessians and their products, gradient penalties, gradients per sample.",
+        (f"{_SECOND}::test_hessian_vector_products",
+         f"{_SECOND}::test_a_gradient_penalty_trains_what_the_dense_weights_would",
+         f"{_SECOND}::test_transforms_of_the_parameters", f"{_SECOND}::test_gradients_per_sample",
+         f"{_SECOND}::test_hessians_in_the_inputs", f"{_SECOND}::test_forward_mode_through_the_model"),
     ),
 )  # fmt: skip
 

@@ -203,3 +203,11 @@ def test_a_file_and_its_configuration_must_agree(tmp_path: Any) -> None:
     config.write_text(config.read_text().replace('"use_dora": true', '"use_dora": false'))
     with pytest.raises(UnexpectedTensor, match="use_dora"):
         rw.load(model, tmp_path)
+
+
+def test_a_bias_that_is_trained_gets_its_own_gradient() -> None:
+    """b is not stretched: y = (1 + d) ⊙ W x + b."""
+    model, _ = attached(nn.Linear(IN, OUT))
+    model[0].bias.requires_grad_()
+    model(torch.randn(7, IN)).sum().backward()
+    torch.testing.assert_close(model[0].bias.grad, torch.full((OUT,), 7.0))

@@ -242,3 +242,16 @@ def test_wrong_targets_and_methods():
         rw.gradients(model, [torch.randn(2, 5, 6)], ["nothing"], loss=_square)
     with pytest.raises(EvidenceError, match=r"method must be one of auto, exact, sketch, found 'guess'"):
         rw.gradients(model, [torch.randn(2, 5, 6)], method="guess", loss=_square)
+
+
+def test_a_loss_with_a_gradient_penalty_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+
+    def penalised(model: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        value = model(x).square().sum()
+        (slope,) = torch.autograd.grad(value, x, create_graph=True)
+        return value + slope.square().sum()
+
+    with left_as_it_was(model), pytest.raises(EvidenceError, match=r"^2: the loss differentiates through the model"):
+        rw.gradients(model, [torch.randn(3, 6)], loss=penalised)

@@ -123,12 +123,18 @@ def test_modes_without_gradients():
         torch.testing.assert_close(add_low_rank(torch.zeros(3, 4), x, A, B, 2.0), expected.detach())
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong():
-    x, A, B = torch.randn(3, 5), torch.randn(2, 5, requires_grad=True), torch.randn(4, 2, requires_grad=True)
-    y = add_low_rank(torch.zeros(3, 4), x, A, B, 1.0)
-    (first,) = torch.autograd.grad(y.square().sum(), [B], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.square().sum().backward()
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradgradcheck(dropout: float):
+    y = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    B = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+
+    def function(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return add_low_rank(y.clone(), x, A, B, 0.7, dropout).sin()
+
+    assert torch.autograd.gradgradcheck(function, (y, x, A, B))
 
 
 class Attention(nn.Module):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.processes import failing_together, total
@@ -100,9 +99,13 @@ class _Watched(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
+        if torch.is_grad_enabled():  # create_graph: weights then take part in the backward pass too
+            raise EvidenceError(
+                f"{ctx.name}: the loss differentiates through the model, so its gradient is more than this layer's "
+                f"inputs and output gradients say; collect with the loss without that term (a gradient penalty)"
+            )
         try:
             (x,) = ctx.saved_tensors
         except RuntimeError as error:  # autograd's own check

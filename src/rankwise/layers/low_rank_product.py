@@ -2,6 +2,9 @@
 
 x is the very tensor that the layer got, so layers that share an input (q, k, v) share what is kept; A and B are cast
 to the compute type, x is not; a dropout mask is drawn again from its seed instead of being kept.
+
+The backward pass can itself be differentiated (``create_graph=True``). Where a transform of ``torch.func`` or
+forward-mode differentiation is active the two products are computed plainly, as under the compiler.
 """
 
 from typing import Any
@@ -9,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _autograd
-from torch.autograd.function import once_differentiable
+from torch._C import _autograd, _functorch
+from torch.autograd import forward_ad
 
 from rankwise.shapes import Float
 
@@ -29,12 +32,21 @@ def add_low_rank(
         y: what the frozen layer returned; its dtype is the compute type.
         dropout: probability of dropping an element of x; 0 outside training.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses and plans memory itself
+    if is_transformed():
         h = F.linear(F.dropout(x.to(y.dtype), dropout), A.to(y.dtype))
         return y + scale * F.linear(h, B.to(y.dtype))
     if not torch.is_grad_enabled():
         return _add(y, _down(x, A, y.dtype, dropout, _draw_seed(dropout)), B, _gain(scale, dropout))
     return _AddLowRank.apply(writable(y), x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def is_transformed() -> bool:
+    """Whether the forward must be plain operators: for the compiler, torch.func, forward-mode differentiation."""
+    return (
+        torch.compiler.is_compiling()  # which fuses and plans memory itself
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def writable(y: Tensor) -> Tensor:
@@ -104,13 +116,14 @@ class _AddLowRank(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
         x, h, A, B = ctx.saved_tensors
         gain, dropout, seed = ctx.constants
         _, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
         dtype = grad_y.dtype
+        if torch.is_grad_enabled():  # with create_graph; the h that was kept does not know where it comes from
+            h = _down(x, A, dtype, dropout, seed)
         mask = _mask(x.to(dtype), dropout, seed) if dropout and (wants_x or wants_A) else None
         rows = as_rows(grad_y)
         grad_h = (rows @ B.to(dtype)).mul_(gain)  # [tokens, r]

@@ -26,6 +26,7 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import MissingTensor, ShapeMismatch
 from rankwise.layers.kinds import Kind
+from rankwise.layers.low_rank_product import as_rows, is_transformed
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 from rankwise.variants.base import ALL, PairVariant
@@ -62,10 +63,10 @@ class DoraLayer(LoraLayer):
                 return self.norm(layer)
         with torch.no_grad():
             term = self.delta()
-            B, A = term.B.to(self.base_norm.dtype), term.A.to(self.base_norm.dtype)
+            B, A = (half.detach().to(self.base_norm.dtype) for half in (term.B, term.A))  # from forward mode too
             mixed = torch.addmm(self.kind.project(layer, A), B, A @ A.T, beta=2.0, alpha=term.scale)
             added = mixed.mul_(B).sum(1).mul_(term.scale)
-            square = torch.addcmul(added, self.base_norm, self.base_norm).clamp_(min=0.0)
+            square = (added + self.base_norm.square()).clamp(min=0.0)
             return square.sqrt_(), added
 
     def deviation(self, norm: Float[Tensor, " out"], added: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
@@ -111,17 +112,19 @@ def stretch(v: Tensor, d: Float[Tensor, " out"], bias: Tensor | None, axis: int,
     """
     shape = (-1, *(1,) * (-1 - axis))
     factor = d.to(v.dtype).view(shape)
-    if torch.compiler.is_compiling():
-        return torch.addcmul(v, v if bias is None else v - bias.view(shape), factor)
-    with torch.no_grad():
-        z = v - bias.to(v.dtype).view(shape) if bias is not None else None if invertible else v.clone()
+    if is_transformed() or (bias is not None and bias.requires_grad):
+        return v + factor * (v if bias is None else v - bias.to(v.dtype).view(shape))
+    z = v - bias.to(v.dtype).view(shape) if bias is not None else None if invertible else v.clone()
     if not torch.is_grad_enabled():
         return v.addcmul_(v if z is None else z, factor)
     return _Stretch.apply(v, z, d, shape)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Stretch(torch.autograd.Function):
-    """v + d ⊙ z for z = v − constant; without z, z = v, found again from the result."""
+    """v + d ⊙ z for z = v − constant; without z, z = v, found again from the result.
+
+    z's share of the gradient goes to v at once, in one product. That z comes from v counts in second derivatives.
+    """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, z: Tensor | None, d: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -141,7 +144,7 @@ class _Stretch(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_d = _sum_of_products(grad, kept, -len(ctx.shape)).to(d.dtype)
             if ctx.of_result:
-                grad_d = torch.where(d == -1, 0, grad_d / (1 + d))
+                grad_d = grad_d / (1 + d).masked_fill(d == -1, 1)  # where the result, and so the sum, is zero
         return grad_v, None, grad_d, None
 
 
@@ -150,7 +153,7 @@ def _sum_of_products(a: Tensor, b: Tensor, axis: int) -> Float[Tensor, " out"]:
     if axis != -1 or a.device.type != "cpu":
         return (a * b).sum([other for other in range(-a.dim(), 0) if other != axis])
     rows = max(2**17 // a.shape[-1], 1)
-    parts = zip(torch.split(a.flatten(0, -2), rows), torch.split(b.flatten(0, -2), rows), strict=True)
+    parts = zip(torch.split(as_rows(a), rows), torch.split(as_rows(b), rows), strict=True)
     return torch.stack([(x * y).sum(0) for x, y in parts]).sum(0)
 
 
