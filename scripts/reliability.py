@@ -27,7 +27,7 @@ class Fault(NamedTuple):
 _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
 _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
-_MERGED = "end_to_end/test_merged_directory.py"
+_MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
@@ -190,6 +190,12 @@ FAULTS: tuple[Fault, ...] = (
          "unit/test_gradient_cache.py::test_an_interrupted_collection_leaves_no_trace",
          "unit/test_gradient_cache.py::test_files_that_are_no_cache_are_named",
          "end_to_end/test_start_alone.py::test_a_cache_of_other_settings_is_refused_before_training"),
+    ),
+    Fault(
+        "Terminal escapes, marks of direction, and rich's markup in names, files, errors and traces",
+        "Every command spells them out (`\\x1b[2J`); brackets are brackets.",
+        (f"{_TEXT}::test_a_command_that_ends_well", f"{_TEXT}::test_a_command_that_ends_in_an_error",
+         f"{_TEXT}::test_what_libraries_write_to_standard_error_and_traces", f"{_TEXT}::test_what_is_spelt_out"),
     ),
 )  # fmt: skip
 
