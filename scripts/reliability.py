@@ -30,6 +30,8 @@ _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_mo
 _MEANING = "parity/test_peft_configurations.py"
 _SECOND = "unit/test_second_derivatives.py"
 _MERGED = "end_to_end/test_merged_directory.py"
+_MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
+_BASES = "unit/test_hostile_bases.py"
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
@@ -223,6 +225,23 @@ FAULTS: tuple[Fault, ...] = (
          f"{_SECOND}::test_a_gradient_penalty_trains_what_the_dense_weights_would",
          f"{_SECOND}::test_transforms_of_the_parameters", f"{_SECOND}::test_gradients_per_sample",
          f"{_SECOND}::test_hessians_in_the_inputs", f"{_SECOND}::test_forward_mode_through_the_model"),
+    ),
+    Fault(
+        "Terminal escapes, marks of direction, and rich's markup in names, files, errors and traces",
+        "Every command spells them out (`\\x1b[2J`); brackets are brackets.",
+        (f"{_TEXT}::test_a_command_that_ends_well", f"{_TEXT}::test_a_command_that_ends_in_an_error",
+         f"{_TEXT}::test_what_libraries_write_to_standard_error_and_traces", f"{_TEXT}::test_what_is_spelt_out"),
+    ),
+    Fault(
+        "A base with an adapter in it, an index or configuration that points at pickles, other directories or the "
+        "hub's code, spoilt files",
+        "`PretrainedError`, `UnsafeFile` or `BrokenFile` before transformers opens anything.",
+        (f"{_BASES}::test_an_adapter_in_the_base_is_not_put_on_it",
+         f"{_BASES}::test_nor_one_of_a_model_in_the_hubs_cache",
+         f"{_BASES}::test_an_index_that_names_anything_but_safetensors_beside_it",
+         f"{_BASES}::test_a_configuration_that_names_other_weights",
+         f"{_BASES}::test_a_configuration_that_names_code_on_the_hub",
+         f"{_BASES}::test_spoilt_files_end_in_a_named_error_or_are_not_used", f"{_BASES}::test_what_is_no_file"),
     ),
 )  # fmt: skip
 

@@ -75,7 +75,18 @@ def read_limited(path: Path) -> bytes:
         BrokenFile: absent or too large. UnsafeFile: a link that leaves the directory.
     """
     check_stays_inside(path)
+    return read_small(path)
+
+
+def read_small(path: Path) -> bytes:
+    """A small file's content, wherever a link leads.
+
+    Raises:
+        BrokenFile: absent, a directory, pipe or device, or too large.
+    """
     with readable(path):
+        if path.exists() and not path.is_file():
+            raise BrokenFile(f"{path}: is no plain file; expected one with text in it")
         size = path.stat().st_size
         if size > JSON_LIMIT:
             raise BrokenFile(f"{path}: has {size} bytes; expected at most {JSON_LIMIT}: it is not what its name says")

@@ -86,7 +86,7 @@ def test_every_fault_has_its_tests_and_the_table_is_up_to_date() -> None:
     rows = re.findall(
         r"^\| (\d+) \| .* \| .+ \| \[.*\) \|$", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE
     )
-    assert rows == [str(number) for number in range(1, 26)]
+    assert len(rows) >= 25 and rows == [str(number) for number in range(1, len(rows) + 1)]
 
 
 def test_every_method_has_its_section() -> None:

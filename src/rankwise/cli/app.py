@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperGroup
 
 from rankwise import __version__
 from rankwise.cli.flags import recipe_flags
+from rankwise.cli.terminal import Terminal, check_stderr, error_terminal
 from rankwise.errors import RankwiseError, RunStopped
 from rankwise.train import recipe as recipes
 
@@ -31,16 +31,20 @@ class _Group(TyperGroup):
     A run that a SIGTERM stopped, saved, has the exit code that schedulers know for it: 143.
     """
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        check_stderr()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except RunStopped as stopped:
-            Console(stderr=True).print(f"[yellow]{escape(str(stopped))}", highlight=False)
+            error_terminal().print(str(stopped), style="yellow", highlight=False)
             raise typer.Exit(_STOPPED) from None
         except RankwiseError as error:
             if ctx.params.get("traceback"):
                 raise
-            Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+            error_terminal().print(Text.assemble((type(error).__name__, "bold red"), f": {error}"))
             raise typer.Exit(2) from None
 
 
@@ -99,12 +103,14 @@ def main(
     logger = logging.getLogger("rankwise")  # says which choices were made, and why
     logger.setLevel(logging.INFO)
     if not logger.handlers:
-        logger.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False))
+        logger.addHandler(
+            RichHandler(console=Terminal(stderr=True), show_time=False, show_level=False, show_path=False)
+        )
 
 
-def _console() -> Console:
+def _console() -> Terminal:
     """The terminal; of several processes that a launcher started, the first one's alone."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    return Terminal(quiet=os.environ.get("RANK", "0") != "0")
 
 
 @app.command()
@@ -371,4 +377,4 @@ def methods() -> None:
     from rankwise.cli.methods import methods_tables
 
     for table in methods_tables():
-        Console().print(table)
+        _console().print(table)

@@ -1,4 +1,4 @@
-"""`rankwise inspect`, as tables. What a file says is shown, never interpreted as the terminal's or rich's commands."""
+"""`rankwise inspect`, as tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.cli.terminal import visible
 from rankwise.inspection.facts import Inspection, SiteFacts
 
 _COLOURS = {"yes": "green", "after export": "yellow", "no": "red"}
@@ -91,6 +92,6 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _shown(text: str) -> Text:
-    """Text out of a file: control characters as escapes, brackets as brackets."""
-    return Text("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text))
+def _shown(text: str) -> str:
+    """Text out of a file, on one line."""
+    return visible(text).replace("\n", r"\n")

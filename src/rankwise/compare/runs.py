@@ -106,7 +106,7 @@ class Trials:
 
     def _announced(self, arm: Arm) -> Plain:
         self._budget.check()
-        self._console.print(f"[dim]{_described(arm)}[/]", end=" ", highlight=False)
+        self._console.print(_described(arm), end=" ", style="dim", highlight=False)
         try:
             trial = self.train(arm)
         except Diverged:

@@ -93,7 +93,7 @@ class Runs:
 
     def _once(self, kind: str, recipe: Recipe, options: dict[str, Any], train: Callable[[Path], Trained]) -> Trained:
         def outcome(directory: Path) -> Plain:
-            self._console.print(f"[dim]{_described(kind, recipe, options)}[/]", end=" ", highlight=False)
+            self._console.print(_described(kind, recipe, options), end=" ", style="dim", highlight=False)
             began = time.monotonic()
             trained = train(directory)
             self._console.print(f"{trained.loss:.4f} ({time.monotonic() - began:.0f} s)", highlight=False)

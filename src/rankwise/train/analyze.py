@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 import rankwise as rw
@@ -114,7 +115,7 @@ def _logged(directory: Path) -> list[dict[str, Any]]:
 
 
 def _watch(name: str, console: Console) -> Any:
-    return lambda sites: track(sites, description=f"Measuring {name}", console=console, transient=True)
+    return lambda sites: track(sites, description=f"Measuring {escape(name)}", console=console, transient=True)
 
 
 def _headline(adapters: Sequence[Adapter]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from statistics import fmean
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 import rankwise as rw
 from rankwise.report.curve import save_loss_curve
@@ -97,7 +98,7 @@ def _comparison(outcomes: dict[str, Outcome]) -> Table:
         table.add_column(method, justify="right")
     metrics = [outcome.result.metrics for outcome in outcomes.values()]
     table.add_row("loss on unseen books, before", *(f"{m['eval_loss_before']:.3f}" for m in metrics))
-    table.add_row("loss on unseen books, after", *(f"[bold]{m['eval_loss_after']:.3f}[/]" for m in metrics))
+    table.add_row("loss on unseen books, after", *(Text(f"{m['eval_loss_after']:.3f}", "bold") for m in metrics))
     table.add_row("first step: agreement with full fine-tuning", *(f"{o.alignment:.0%}" for o in outcomes.values()))
     table.add_row("learning rate", *(f"{o.result.prepared.recipe.peak_learning_rate:g}" for o in outcomes.values()))
     table.add_row("trained parameters", *(f"{m['trainable_parameters']:,}" for m in metrics))

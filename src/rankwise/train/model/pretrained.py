@@ -10,14 +10,13 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -30,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from rankwise.errors import PretrainedError
 from rankwise.methods import nearest
+from rankwise.train.model.base_files import check_base
 
 TASKS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -149,6 +149,7 @@ def _quiet() -> Iterator[None]:
 
 def _load(kind: Any, name_or_path: str | Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     source = _locate(name_or_path)
+    check_base(source)
     common = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
@@ -157,11 +158,11 @@ def _load(kind: Any, name_or_path: str | Path, **options: Any) -> tuple[Any, Pre
         raise PretrainedError(
             f"{name_or_path}: quantization needs a package that is not here: {error}. Run: pip install bitsandbytes"
         ) from error
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of any kind: the files may be a stranger's, and are read by others' code
         hint = nearest(str(name_or_path), BUILT_IN)
         raise PretrainedError(
             f"{name_or_path}: expected a built-in model ({', '.join(BUILT_IN)}), a transformers directory, or a hub "
-            f"name that is reachable or cached{hint}. transformers found: {error}"
+            f"name that is reachable or cached{hint}. transformers found: {type(error).__name__}: {error}"
         ) from error
     return model, tokenizer
 
@@ -171,15 +172,10 @@ def _locate(name_or_path: str | Path) -> str | Path:
     if str(name_or_path) in BUILT_IN:
         return BUILT_IN[str(name_or_path)]()
     path = Path(name_or_path)
-    if not path.is_dir():
-        return str(name_or_path)
-    # transformers would go and fetch the base model that the adapter names.
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise PretrainedError(
-            f"{path}: expected a pretrained model, found an adapter (adapter_config.json without config.json). "
-            "Load its base model first, then the adapter with rankwise.load(model, path)."
-        )
-    return path
+    with suppress(OSError):  # of a name that is too long for a file
+        if path.is_dir():
+            return path
+    return str(name_or_path)
 
 
 def cache_directory() -> Path:

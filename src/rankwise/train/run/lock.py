@@ -71,7 +71,8 @@ def _take_over(folder: Path, console: Console) -> None:
     _check_this_machine(folder)
     if (folder / _HOLDER).exists():
         console.print(
-            f"[yellow]{folder}: was left locked by {_described(_holder(folder))}, which no longer runs; going on"
+            f"{folder}: was left locked by {_described(_holder(folder))}, which no longer runs; going on",
+            style="yellow",
         )
 
 

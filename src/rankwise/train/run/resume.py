@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from rankwise.errors import CheckpointError, SpecMismatch
 from rankwise.files import read_json
@@ -33,7 +32,7 @@ def choose(recipe: Recipe, console: Console) -> Path | None:
         return Path(choice)
     newest, broken = checkpoints.newest_valid(recipe.output_dir)
     for error in broken:
-        console.print(f"[yellow]Passed over a broken checkpoint: {escape(str(error))}")
+        console.print(f"Passed over a broken checkpoint: {error}", style="yellow")
     if newest is None:
         state = f"found {len(broken)}, all broken: {broken[0]}" if broken else "found none"
         earlier = sorted(path.name for path in Path(recipe.output_dir).glob(f"{checkpoints.EARLIER}-*/"))
@@ -67,7 +66,7 @@ def check_exact(checkpoint: Path, now: Mapping[str, Any], console: Console, *, a
             f"{checkpoint}: the run would not go on exactly as it was:{listed}\nSet these back, or resume with "
             "resume_anyway: true (--resume-anyway) if the change is meant."
         )
-    console.print(f"[yellow]{checkpoint}: resuming, although not exactly:{escape(listed)}")
+    console.print(f"{checkpoint}: resuming, although not exactly:{listed}", style="yellow")
 
 
 def steps_done(checkpoint: Path) -> int:
@@ -87,4 +86,5 @@ def tidy(run_dir: str | Path, resumed: Path | None, console: Console) -> None:
     if later:
         folder = checkpoints.set_aside(Path(run_dir), later)
         names = ", ".join(checkpoint.name for checkpoint in reversed(later))
-        console.print(f"[yellow]{run_dir}: the run starts at step {start}; {names} moved to {folder.name}/")
+        moved = f"{names} moved to {folder.name}/"
+        console.print(f"{run_dir}: the run starts at step {start}; {moved}", style="yellow")

@@ -127,7 +127,7 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     with busy(console, "Trying one step"):
         trial = try_step(loaded.model, prepared.batches[0])
     for warning in trial_step_warnings(trial):
-        console.print(f"[yellow]{warning}", highlight=False)
+        console.print(warning, style="yellow", highlight=False)
     prepared = replace(prepared, checkpoint=checkpoint, trial=trial)
     if loaded.recipe.learning_rate != "auto":
         return prepared
@@ -155,7 +155,7 @@ def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Da
             alignment = AlignmentCallback(batches, recipe.alignment_steps)
             trainer.add_callback(alignment)
     for warning in (*warnings, *summary.warnings):
-        console.print(f"[yellow]{warning}")
+        console.print(warning, style="yellow")
     return Prepared(loaded, trainer, batches, data.eval, bar, summary, alignment)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -78,7 +77,7 @@ def data_table(data: DataSummary, trial: TrialStep | None) -> Table:
     """What a run trains on, and what its first step showed."""
     table = _facts("What it trains on")
     for label, text in data.facts.items():
-        table.add_row(label, escape(text))
+        table.add_row(label, text)
     if trial is not None:
         table.add_row("one step", f"loss {trial.loss:.4f}, every gradient finite")
         table.add_row(
@@ -91,9 +90,8 @@ def data_table(data: DataSummary, trial: TrialStep | None) -> Table:
 
 def samples_table(data: DataSummary) -> Table:
     """The first samples as the model sees them: what it is trained to write is bold and green."""
-    table = Table(
-        title="First samples; [bold green]what is trained[/] stands out", title_justify="left", show_header=False
-    )
+    title = Text.assemble("First samples; ", ("what is trained", "bold green"), " stands out")
+    table = Table(title=title, title_justify="left", show_header=False)
     table.box = box.SIMPLE
     for number, pieces in enumerate(data.samples, 1):
         text = Text()
@@ -144,11 +142,11 @@ def summary(metrics: dict[str, Any], adapter: Path, page: Path) -> Table:
 def sample_table(sample: Sample) -> Table:
     """A prompt and its answers."""
     table = _facts("")
-    table.add_row("prompt", escape(sample.prompt.strip()))
-    table.add_row("before", escape(sample.before))
-    table.add_row("after", escape(sample.after))
+    table.add_row("prompt", sample.prompt.strip())
+    table.add_row("before", sample.before)
+    table.add_row("after", sample.after)
     if sample.reference is not None:
-        table.add_row("reference", escape(sample.reference.strip()))
+        table.add_row("reference", sample.reference.strip())
     return table
 
 
