@@ -8,9 +8,9 @@ from pathlib import Path
 # From the bottom up. A module imports only from the rows above its own, never its siblings.
 LAYERS = (
     ("errors", "shapes"),
-    ("json_object", "pattern_worker"),
+    ("json_object", "pattern_worker", "methods"),
     ("tensor_header",),
-    ("files", "methods", "patterns", "base_probe", "sites", "text_table", "algebra"),
+    ("files", "patterns", "base_probe", "sites", "text_table", "algebra"),
     ("tensor_files",),
     ("layers",),
     ("scaling", "inits", "variants"),
@@ -20,7 +20,7 @@ LAYERS = (
     ("planning",),
     ("adapted",),
     ("pair", "evidence", "format"),
-    ("inspection", "attaching"),
+    ("inspection", "attaching", "squeezing"),
     ("optim", "analysis"),
     ("report",),
     ("train",),

@@ -6,6 +6,8 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.attaching import activate, attach, detach, disabled, trainable_parameters
 from rankwise.errors import RankwiseError
 from rankwise.evidence import activations, covariances, gradients, weights
+from rankwise.format.peft import read_adapter as read
+from rankwise.format.peft import write_adapter as write
 from rankwise.format.save_load import load, save
 from rankwise.optim import param_groups
 from rankwise.pair import Pair, pairs
@@ -38,9 +40,11 @@ __all__ = [
     "pairs",
     "param_groups",
     "plan",
+    "read",
     "save",
     "trainable_parameters",
     "unmerge",
     "variants",
     "weights",
+    "write",
 ]

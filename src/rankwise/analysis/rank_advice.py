@@ -4,12 +4,12 @@ At rank r the start takes the 2r leading singular directions of G, and its first
 projection on them: a share Σ_{i≤2r} σ_i² / ‖G‖² of the step's energy.
 """
 
-import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from rankwise.algebra.sharing import ranks_within
 from rankwise.errors import EvidenceError
 from rankwise.inits.base import GradientEvidence
 from rankwise.shapes import Float
@@ -65,8 +65,7 @@ class RankAdvice:
 def advise_ranks(spectra: Mapping[str, StepSpectrum], shapes: Mapping[str, tuple[int, int]], budget: int) -> RankAdvice:
     """The ranks, at least 1 each, that capture the most energy of the first step with ``budget`` trained parameters.
 
-    One rank more at a site captures σ²_{2r+1} + σ²_{2r+2} for out + in parameters. Taking always the best bargain is
-    optimal but for what is left of the budget at the end, as each site's bargains only get worse.
+    One rank more at a site captures σ²_{2r+1} + σ²_{2r+2} for out + in parameters.
 
     Args:
         spectra: site → :func:`step_spectrum`; no site gets a rank beyond its end.
@@ -76,25 +75,12 @@ def advise_ranks(spectra: Mapping[str, StepSpectrum], shapes: Mapping[str, tuple
         EvidenceError: rank 1 everywhere exceeds the budget already.
     """
     costs = {name: sum(shapes[name]) for name in spectra}
-    ranks = dict.fromkeys(spectra, 1)
-    spent = sum(costs.values())
-    if spent > budget:
-        raise EvidenceError(f"rank 1 in all {len(costs)} layers takes {spent} parameters, expected at most {budget}")
-
-    def bargain(name: str) -> tuple[float, str]:  # the best is the smallest
-        return -float(spectra[name].gains[ranks[name]]) / costs[name], name
-
-    offers = [bargain(name) for name, spectrum in spectra.items() if len(spectrum.gains) > 1]
-    heapq.heapify(offers)
-    while offers:
-        _, name = heapq.heappop(offers)
-        if spent + costs[name] > budget:
-            continue
-        spent += costs[name]
-        ranks[name] += 1
-        if ranks[name] < len(spectra[name].gains):
-            heapq.heappush(offers, bargain(name))
-    equal = min(max(budget // sum(costs.values()), 1), max(len(spectrum.gains) for spectrum in spectra.values()))
+    least = sum(costs.values())
+    if least > budget:
+        raise EvidenceError(f"rank 1 in all {len(costs)} layers takes {least} parameters, expected at most {budget}")
+    ranks = ranks_within({name: spectrum.gains for name, spectrum in spectra.items()}, costs, budget)
+    spent = sum(rank * costs[name] for name, rank in ranks.items())
+    equal = min(max(budget // least, 1), max(len(spectrum.gains) for spectrum in spectra.values()))
     return RankAdvice(ranks, spent, _captured(spectra, ranks), equal, _captured(spectra, dict.fromkeys(spectra, equal)))
 
 

@@ -204,6 +204,22 @@ def merge(
     console.print(merge_table(report, out))
 
 
+@app.command()
+def squeeze(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="Directory for the squeezed adapter; must not hold files yet.")],
+    rank: Annotated[int | None, typer.Option(help="Rank of every layer.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Numbers in all; ranks go where they save the most.")] = None,
+    error: Annotated[float | None, typer.Option(help="Share of the change that may be lost, such as 0.05.")] = None,
+) -> None:
+    """Cut an adapter down to fewer ranks: the nearest that a rank, a budget or an error allows."""
+    with uncollected():
+        from rankwise.cli.squeezing import save_squeezed, squeeze_table
+
+    squeezed = save_squeezed(adapter, out, rank=rank, budget=budget, error=error)
+    _console().print(squeeze_table(squeezed, out))
+
+
 @app.command("inspect")
 def inspect_adapter(
     adapter: Adapter,
