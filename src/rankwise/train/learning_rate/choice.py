@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,7 +16,6 @@ from rankwise.files import read_json, write_json
 from rankwise.methods import name_of
 from rankwise.optim import OPTIMIZERS
 from rankwise.sites import Site
-from rankwise.train.data.dataset import Batch
 from rankwise.train.learning_rate.guess import first_guess
 from rankwise.train.learning_rate.probe import Probe, same_random_numbers
 from rankwise.train.learning_rate.rules import Rule, product
@@ -25,6 +24,7 @@ from rankwise.train.trainer.trainer import AdapterTrainer
 from rankwise.train.trainer.variant_callback import training_hooks
 from rankwise.tuning import tune
 
+T = TypeVar("T")
 FILE = "learning_rate.json"
 MOST_RATES = 6  # a best rate up to 8 times from the guess has neighbours on both sides
 SHARE = 0.15  # of the run's steps, for all rates together ...
@@ -159,7 +159,7 @@ def probe_length(run_steps: int) -> int:
     return min(max(int(SHARE * run_steps / MOST_RATES), LEAST_STEPS), MOST_STEPS)
 
 
-def _parts(batches: Sequence[Batch], steps: int, accumulated: int) -> tuple[list[list[Batch]], Sequence[Batch]]:
+def _parts(batches: Sequence[T], steps: int, accumulated: int) -> tuple[list[list[T]], Sequence[T]]:
     """The batches of each step, from the first again where there are too few; and those held back, from the end."""
     count = min(HELD_BACK, len(batches) // 2)
     if count == 0:
