@@ -20,7 +20,7 @@ LAYERS = (
     ("planning", "approximation", "base_weights"),
     ("adapted", "combinations"),
     ("pair", "evidence", "format"),
-    ("inspection", "attaching", "squeezing", "combining"),
+    ("inspection", "attaching", "squeezing", "combining", "extracting"),
     ("optim", "analysis"),
     ("report",),
     ("train",),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Generator, Tensor
@@ -68,12 +69,15 @@ class Approximation:
         return f"{aligned([*rows, ('all', '', f'{self.error:.2%}')], left=1)}\n{self.parameters:,} numbers"
 
 
-def total_error(fits: Mapping[str, Fit], left_out: Mapping[str, float]) -> float:
-    """√(Σ lost² / Σ size²) over the sites and what is left out."""
+def approximation(
+    adapter: Adapter, fits: Mapping[str, Fit], left_out: Mapping[str, float] = MappingProxyType({})
+) -> Approximation:
+    """The adapter that is made of these fits, with their errors."""
     outside = [size**2 for size in left_out.values()]
     lost = math.fsum([*(fit.lost**2 for fit in fits.values()), *outside])
     size = math.fsum([*(fit.size**2 for fit in fits.values()), *outside])
-    return math.sqrt(lost / size) if size else 0.0
+    errors = {path: fit.error for path, fit in fits.items()}
+    return Approximation(adapter, errors, math.sqrt(lost / size) if size else 0.0, left_out)
 
 
 def check_limits(what: str, rank: int | None, error: float | None) -> None:

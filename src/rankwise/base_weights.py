@@ -1,6 +1,6 @@
 """A base model's weights by module path, each read when it is asked for: of a model, of tensors, or of files."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rankwise.layers.kinds import base_matrix, kind_or_none
 from rankwise.methods import nearest
 from rankwise.shapes import Float
 from rankwise.sites import base_modules
+from rankwise.tensor_header import TensorEntry
 
 # A model, its tensors by name, a safetensors file, or a directory of them.
 Source = nn.Module | Mapping[str, Tensor] | str | Path
@@ -40,11 +41,16 @@ class Checkpoint(Mapping[str, Tensor]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files: dict[str, Path] = {}
+        self._entries: dict[str, TensorEntry] = {}
         for file in _shards(self.path):
-            for name in tensor_entries(file):
+            for name, entry in tensor_entries(file).items():
                 if name in self._files:
                     raise UnexpectedTensor(f"{file}: {name} is in {self._files[name].name} too; expected it once")
-                self._files[name] = file
+                self._files[name], self._entries[name] = file, entry
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, by its file's header."""
+        return self._entries[name].shape
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._files[name]
@@ -92,6 +98,34 @@ def tensors_of(source: Source) -> Mapping[str, Tensor]:
     return source if isinstance(source, Mapping) else Checkpoint(source)
 
 
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is not read for it."""
+    return tensors.shape(name) if isinstance(tensors, Checkpoint) else tuple(tensors[name].shape)
+
+
+def name_of_source(source: Source) -> str | None:
+    """The name or path of a model, where it is known."""
+    if isinstance(source, nn.Module):
+        return getattr(getattr(source, "config", None), "_name_or_path", None) or None
+    return None if isinstance(source, Mapping) else str(source)
+
+
+class Names:
+    """Names of tensors or modules, found by another checkpoint's.
+
+    A model with a head names its body (``transformer.h.0``), a checkpoint of the body alone may not (``h.0``).
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.known = set(names)
+        self.inner = {name.partition(".")[2]: name for name in self.known}
+
+    def like(self, name: str) -> str | None:
+        """The name here of what another names so."""
+        rest = name.partition(".")[2]
+        return name if name in self.known else rest if rest in self.known else self.inner.get(name)
+
+
 class BaseWeights:
     """The weights that an adapter's sites change.
 
@@ -110,6 +144,10 @@ class BaseWeights:
     @cached_property
     def _tensors(self) -> Mapping[str, Tensor]:
         return tensors_of(self.source)
+
+    @cached_property
+    def _names(self) -> Names:
+        return Names(self._tensors)
 
     def matrix(self, path: str, site: SiteAdapter) -> Float[Tensor, "out in"]:
         """The weight at a site as one matrix, in fp32 or finer.
@@ -130,7 +168,8 @@ class BaseWeights:
 
     def whole(self, name: str) -> Tensor | None:
         """A tensor by its name, None where there is none of it."""
-        return self._tensors.get(name)
+        known = self._names.like(name)
+        return None if known is None else self._tensors[known]
 
     def probe(self, path: str) -> tuple[float, ...]:
         """What :func:`rankwise.adapter.probe` says of a site's weight."""
@@ -142,11 +181,10 @@ class BaseWeights:
         return self._modules[path]
 
     def _stored(self, path: str) -> Tensor:
-        """Checkpoints of a bare model lack the name under which a model with a head holds it (``transformer.``)."""
-        for name in (f"{path}.weight", f"{path.partition('.')[2]}.weight"):
-            if name in self._tensors:
-                return self._tensors[name]
-        raise self._absent(f"{path}.weight", self._tensors)
+        name = self._names.like(f"{path}.weight")
+        if name is None:
+            raise self._absent(f"{path}.weight", self._tensors)
+        return self._tensors[name]
 
     def _absent(self, name: str, known: Any) -> BaseMismatch:
         return BaseMismatch(

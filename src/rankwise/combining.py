@@ -11,7 +11,7 @@ from torch import Tensor
 from rankwise.adapter import Adapter, SiteAdapter
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
-from rankwise.approximation import Approximation, Change, Fit, check_limits, fitted, total_error
+from rankwise.approximation import Approximation, Change, Fit, approximation, check_limits, fitted
 from rankwise.base_probe import gap, room
 from rankwise.base_weights import BaseWeights, Source
 from rankwise.combinations import COMBINATIONS
@@ -82,8 +82,7 @@ def combine(
             )
         fits[path] = fitted(change, generator, rank, error)
         sites[path] = SiteAdapter(site.kind, fits[path].delta, site.kernel, site.groups)
-    adapter = _adapter(parts, sites, weights)
-    return Approximation(adapter, {path: fit.error for path, fit in fits.items()}, total_error(fits, {}))
+    return approximation(_adapter(parts, sites, weights), fits)
 
 
 def _check(parts: Sequence[tuple[Adapter, float]], rule: Combination, rank: int | None, error: float | None) -> None:

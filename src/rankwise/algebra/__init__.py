@@ -9,6 +9,7 @@ __getattr__ = lazy_attributes(
         "Approximation": ".approximation:Approximation",
         "Squeezed": ".squeezing:Squeezed",
         "combine": ".combining:combine",
+        "extract": ".extracting:extract",
         "squeeze": ".squeezing:squeeze",
     },
 )

@@ -243,6 +243,25 @@ def combine(
     _console().print(value_table("Combined", combined, out))
 
 
+@app.command()
+def extract(
+    fine_tuned: Annotated[str, typer.Argument(metavar="FINE_TUNED", help="The model after full fine-tuning.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that it was fine-tuned from.")],
+    out: Annotated[Path, typer.Option(help="Directory for the adapter; must not hold files yet.")],
+    rank: Annotated[int | None, typer.Option(help="Rank of every layer.")] = None,
+    error: Annotated[float | None, typer.Option(help="Share of each layer's change that may be lost.")] = None,
+    modules_to_save: Annotated[
+        list[str] | None, typer.Option(help="Layers to take whole, by the ends of their names, such as norm.")
+    ] = None,
+) -> None:
+    """Turn full fine-tuning into the nearest LoRA, and say what no LoRA holds. Reads one weight at a time."""
+    with uncollected():
+        from rankwise.cli.values import save_extracted, value_table
+
+    extracted = save_extracted(fine_tuned, base, out, rank=rank, error=error, modules_to_save=modules_to_save or ())
+    _console().print(value_table("Extracted", extracted, out))
+
+
 @app.command("inspect")
 def inspect_adapter(
     adapter: Adapter,

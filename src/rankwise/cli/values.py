@@ -1,8 +1,9 @@
-"""`rankwise squeeze` and `combine`: adapters from directories, made into one that is written to another directory."""
+"""`rankwise squeeze`, `combine` and `extract`: from directories to an adapter in another directory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,23 @@ def save_combined(
     )
     _save(combined, out, _common_labels(adapters))
     return combined
+
+
+def save_extracted(fine_tuned: str, base: str, out: Path, **options: Any) -> Approximation:
+    """Write the LoRA that is nearest to what fine-tuning changed; both models are read from files, tensor by tensor.
+
+    Raises:
+        CheckpointError: ``out`` holds files. PretrainedError: a model is not there. What ``extract`` raises; nothing is
+            written then.
+    """
+    from rankwise.train.model.skeleton import locate_files, skeleton  # with transformers
+
+    _check_new(out)
+    files = locate_files(base)
+    extracted: Approximation = rw.algebra.extract(locate_files(fine_tuned), files, layout=skeleton(files), **options)
+    named = replace(extracted, adapter=replace(extracted.adapter, base_model=base))
+    _save(named, out, None)
+    return named
 
 
 def _needs_base(adapter: Any) -> bool:
