@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from rankwise.combinations import COMBINATIONS
 from rankwise.inits import INITS
 from rankwise.optim import OPTIMIZERS
 from rankwise.scaling import SCALINGS
@@ -36,7 +37,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def methods() -> str:
     kinds: list[tuple[str, Any]] = [("init", INITS), ("scaling", SCALINGS), ("variant", VARIANTS)]
-    kinds.append(("optimizer", OPTIMIZERS))
+    kinds += [("optimizer", OPTIMIZERS), ("combination", COMBINATIONS)]
     rows = [
         [kind, f"`{name}`", entry.summary, entry.paper] for kind, entries in kinds for name, entry in entries.items()
     ]

@@ -17,10 +17,10 @@ LAYERS = (
     ("spec",),
     # What is to be collected is decided from sites alone, so that a plan can show it; collecting runs the model.
     ("adapter", "collection"),
-    ("planning",),
-    ("adapted",),
+    ("planning", "approximation", "base_weights"),
+    ("adapted", "combinations"),
     ("pair", "evidence", "format"),
-    ("inspection", "attaching", "squeezing"),
+    ("inspection", "attaching", "squeezing", "combining", "extracting"),
     ("optim", "analysis"),
     ("report",),
     ("train",),

@@ -70,7 +70,7 @@ def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, FoldableLayer], s
     return Adapter(
         spec,
         sites,
-        shortest_targets(model, list(sites)),
+        targets_among(base_modules(model), list(sites)),
         base_probes(model, list(sites)),
         getattr(config, "_name_or_path", None) or None,
         {key: _cpu_copy(value) for key, value in saved.items()},
@@ -91,12 +91,12 @@ def _cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def shortest_targets(model: nn.Module, sites: list[str]) -> str | tuple[str, ...]:
-    """Last parts of the sites' names where those select exactly them, else the whole names.
+def targets_among(paths: Iterable[str], sites: list[str]) -> str | tuple[str, ...]:
+    """Last parts of the sites' names where those select exactly them among a model's modules, else the whole names.
 
     A whole name may be the end of another (``fc`` and ``layers.0.fc``): a regular expression then names each site.
     """
-    by_end, chosen = names_by_end(base_modules(model)), set(sites)
+    by_end, chosen = names_by_end(paths), set(sites)
     ends = {site: (site.rpartition(".")[2], site) for site in sites}
     exact = {end for pair in ends.values() for end in pair if by_end[end] <= chosen}
     if not exact.issuperset(sites):
@@ -110,9 +110,14 @@ def one_of_each(sites: Iterable[str]) -> str:
 
 
 def base_probes(model: nn.Module, sites: list[str]) -> dict[str, tuple[float, ...]]:
-    """Module path → :func:`probe` of at most eight of the sites, spread evenly."""
+    """Module path → :func:`probe` of some of the sites."""
+    return {path: probe(model.get_submodule(path)) for path in spread_evenly(sites)}
+
+
+def spread_evenly(sites: list[str]) -> list[str]:
+    """At most eight of the sites, evenly spread."""
     count = min(8, len(sites))
-    return {path: probe(model.get_submodule(path)) for path in (sites[i * len(sites) // count] for i in range(count))}
+    return [sites[i * len(sites) // count] for i in range(count)]
 
 
 def probe(layer: Any) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from rankwise.adapter import Adapter
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
 from rankwise.algebra.sharing import ranks_losing, ranks_within
+from rankwise.approximation import Approximation
 from rankwise.errors import EvidenceError, SpecError, UnsupportedAdapter
 from rankwise.evidence.activations import InputCovariance
 from rankwise.shapes import Float
@@ -20,23 +21,12 @@ Inputs = InputCovariance | Float[Tensor, "m in"]
 
 
 @dataclass(frozen=True, eq=False)
-class Squeezed:
+class Squeezed(Approximation):
     """A squeezed adapter and its error.
 
-    Attributes:
-        adapter: its spec is still the one that the wide adapter was made with; its sites have their scales.
-        errors: site → ‖ΔW − ΔW'‖ / ‖ΔW‖ in the Frobenius norm; given inputs x, √(Σ‖(ΔW − ΔW')x‖² / Σ‖ΔW x‖²).
-        error: the same with both sums taken over all sites.
+    Its spec is still the one that the wide adapter was made with; its sites have their scales. Given inputs x, the
+    errors are those of the outputs, √(Σ‖(ΔW − ΔW')x‖² / Σ‖ΔW x‖²).
     """
-
-    adapter: Adapter
-    errors: Mapping[str, float]
-    error: float
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers its pairs have."""
-        return sum(site.delta.rank * sum(site.delta.shape) for site in self.adapter.sites.values())
 
 
 def squeeze(

@@ -5,5 +5,11 @@ from rankwise.methods import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {},
-    {"Squeezed": ".squeezing:Squeezed", "squeeze": ".squeezing:squeeze"},
+    {
+        "Approximation": ".approximation:Approximation",
+        "Squeezed": ".squeezing:Squeezed",
+        "combine": ".combining:combine",
+        "extract": ".extracting:extract",
+        "squeeze": ".squeezing:squeeze",
+    },
 )

@@ -220,10 +220,52 @@ def squeeze(
 ) -> None:
     """Cut an adapter down to fewer ranks: the nearest that a rank, a budget or an error allows."""
     with uncollected():
-        from rankwise.cli.squeezing import save_squeezed, squeeze_table
+        from rankwise.cli.values import save_squeezed, value_table
 
     squeezed = save_squeezed(adapter, out, rank=rank, budget=budget, error=error)
-    _console().print(squeeze_table(squeezed, out))
+    _console().print(value_table("Squeezed", squeezed, out))
+
+
+@app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter directories.")],
+    out: Annotated[Path, typer.Option(help="Directory for the one adapter; must not hold files yet.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of an adapter, once for each in their order. Default: 1 each.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How (see `rankwise methods`): a name or {name: ties, density: 0.5}.")
+    ] = "exact",
+    rank: Annotated[int | None, typer.Option(help="Rank of every layer.")] = None,
+    error: Annotated[float | None, typer.Option(help="Share of each layer's change that may be lost.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the methods that draw.")] = 0,
+    base: Base = None,
+) -> None:
+    """Make one LoRA adapter out of several, LoRA and DoRA. The base is loaded where one of them depends on it."""
+    with uncollected():
+        from rankwise.cli.values import save_combined, value_table
+
+    combined = save_combined(adapters, weight or [], base, out, method, rank=rank, error=error, seed=seed)
+    _console().print(value_table("Combined", combined, out))
+
+
+@app.command()
+def extract(
+    fine_tuned: Annotated[str, typer.Argument(metavar="FINE_TUNED", help="The model after full fine-tuning.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that it was fine-tuned from.")],
+    out: Annotated[Path, typer.Option(help="Directory for the adapter; must not hold files yet.")],
+    rank: Annotated[int | None, typer.Option(help="Rank of every layer.")] = None,
+    error: Annotated[float | None, typer.Option(help="Share of each layer's change that may be lost.")] = None,
+    modules_to_save: Annotated[
+        list[str] | None, typer.Option(help="Layers to take whole, by the ends of their names, such as norm.")
+    ] = None,
+) -> None:
+    """Turn full fine-tuning into the nearest LoRA, and say what no LoRA holds. Reads one weight at a time."""
+    with uncollected():
+        from rankwise.cli.values import save_extracted, value_table
+
+    extracted = save_extracted(fine_tuned, base, out, rank=rank, error=error, modules_to_save=modules_to_save or ())
+    _console().print(value_table("Extracted", extracted, out))
 
 
 @app.command("inspect")
@@ -373,7 +415,7 @@ def demo(
 
 @app.command()
 def methods() -> None:
-    """List the initialisations, scales, variants and optimizers, with their papers."""
+    """List the initialisations, scales, variants, optimizers and ways to combine adapters, with their papers."""
     from rankwise.cli.methods import methods_tables
 
     for table in methods_tables():

@@ -12,6 +12,7 @@ from rankwise.adapted.whole_modules import base_state, check_copyable
 from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
+from rankwise.base_probe import gap, room
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
 from rankwise.files import read_json
 from rankwise.format.built import BuiltAdapter, base_layer
@@ -225,7 +226,7 @@ def _check_fits(layer: Any, kind: Kind, path: str, site: SiteAdapter, folder: Pa
 
 
 def _check_base(model: nn.Module, adapter: BuiltAdapter, folder: Path) -> None:
-    """Compare the recorded probe of the base with this model's weights, with room for rounding to bf16 or 4 bits."""
+    """Compare the recorded probe of the base with this model's weights."""
     modules, probes = base_modules(model), adapter.base_probe
     strays = [path for path in probes if path not in modules or kind_or_none(modules[path]) is None]
     if strays:
@@ -233,13 +234,10 @@ def _check_base(model: nn.Module, adapter: BuiltAdapter, folder: Path) -> None:
     with switched_off(model):
         for path, recorded in probes.items():
             layer: Any = modules[path]
-            stored, here = torch.tensor(recorded), torch.tensor(probe(layer))
-            # 4 bits move some small layers' few numbers by a third; another base's are off by about 1.4.
-            room = 0.5 if adapter.base_quantised or is_quantised(layer) else 0.02
-            gap = float((stored - here).norm() / stored.norm().clamp_min(1e-30))
-            if gap > room:
+            off, allowed = gap(recorded, probe(layer)), room(adapter.base_quantised or is_quantised(layer))
+            if off > allowed:
                 base = f" {adapter.base_model}" if adapter.base_model else ""
                 raise BaseMismatch(
-                    f"{folder}: the base weights at {path} differ by {gap:.0%} from those that the adapter was "
-                    f"trained on (expected ≤ {room:.0%}); load its own base{base}, or pass allow_other_base=True"
+                    f"{folder}: the base weights at {path} differ by {off:.0%} from those that the adapter was "
+                    f"trained on (expected ≤ {allowed:.0%}); load its own base{base}, or pass allow_other_base=True"
                 )

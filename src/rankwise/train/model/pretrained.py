@@ -148,7 +148,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _load(kind: Any, name_or_path: str | Path, **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    source = _locate(name_or_path)
+    source = locate(name_or_path)
     check_base(source)
     common = {"local_files_only": isinstance(source, Path), "trust_remote_code": False}
     try:
@@ -167,7 +167,7 @@ def _load(kind: Any, name_or_path: str | Path, **options: Any) -> tuple[Any, Pre
     return model, tokenizer
 
 
-def _locate(name_or_path: str | Path) -> str | Path:
+def locate(name_or_path: str | Path) -> str | Path:
     """A directory where there is one, else the name as it is, for the hub."""
     if str(name_or_path) in BUILT_IN:
         return BUILT_IN[str(name_or_path)]()

@@ -1,0 +1,121 @@
+"""`rankwise squeeze`, `combine` and `extract`: from directories to an adapter in another directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+import rankwise as rw
+from rankwise.algebra import Approximation
+from rankwise.errors import CheckpointError, SpecError
+from rankwise.train.data.labels import read_labels, save_labels
+
+
+def save_squeezed(adapter: Path, out: Path, **how_few: Any) -> Approximation:
+    """Squeeze the adapter in one directory into another.
+
+    Raises:
+        CheckpointError: ``out`` holds files. What ``rankwise.read`` and ``squeeze`` raise; nothing is written then.
+    """
+    _check_new(out)
+    squeezed: Approximation = rw.algebra.squeeze(rw.read(adapter), **how_few)
+    _save(squeezed, out, read_labels(adapter))
+    return squeezed
+
+
+def save_combined(
+    adapters: Sequence[Path], weights: Sequence[float], base: str | None, out: Path, method: str, **limits: Any
+) -> Approximation:
+    """Combine the adapters in some directories into one in another.
+
+    Args:
+        weights: one for each adapter; none: 1 for each.
+        base: the base model, which is loaded where an adapter asks for it; default: the one that the first names.
+        method: a name, or a mapping in YAML.
+
+    Raises:
+        CheckpointError: ``out`` holds files, or the adapters are classifiers for different labels.
+        SpecError: not as many weights as adapters. What ``rankwise.read`` and ``combine`` raise; nothing is written
+            then.
+    """
+    _check_new(out)
+    if weights and len(weights) != len(adapters):
+        raise SpecError(f"--weight: expected one for each of the {len(adapters)} adapters, found {len(weights)}")
+    values = [rw.read(adapter) for adapter in adapters]
+    combined: Approximation = rw.algebra.combine(
+        list(zip(values, weights or [1.0] * len(values), strict=True)),
+        yaml.safe_load(method),
+        base=_base(adapters[0], base) if any(_needs_base(value) for value in values) else None,
+        **limits,
+    )
+    _save(combined, out, _common_labels(adapters))
+    return combined
+
+
+def save_extracted(fine_tuned: str, base: str, out: Path, **options: Any) -> Approximation:
+    """Write the LoRA that is nearest to what fine-tuning changed; both models are read from files, tensor by tensor.
+
+    Raises:
+        CheckpointError: ``out`` holds files. PretrainedError: a model is not there. What ``extract`` raises; nothing is
+            written then.
+    """
+    from rankwise.train.model.skeleton import locate_files, skeleton  # with transformers
+
+    _check_new(out)
+    files = locate_files(base)
+    extracted: Approximation = rw.algebra.extract(locate_files(fine_tuned), files, layout=skeleton(files), **options)
+    named = replace(extracted, adapter=replace(extracted.adapter, base_model=base))
+    _save(named, out, None)
+    return named
+
+
+def _needs_base(adapter: Any) -> bool:
+    return bool(adapter.spec.variant.marks or adapter.saved)
+
+
+def _base(adapter: Path, base: str | None) -> Any:
+    from rankwise.train.model.merged import load_base  # with transformers
+
+    return load_base(adapter, base)[0]
+
+
+def _common_labels(adapters: Sequence[Path]) -> list[str] | None:
+    first, *others = [read_labels(adapter) for adapter in adapters]
+    if any(other != first for other in others):
+        raise CheckpointError(
+            f"{adapters[0]}: a classifier's labels are {first}, another's {others}; expected adapters of one task"
+        )
+    return first
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: expected a new or empty directory, found files in it; choose another")
+
+
+def _save(approximation: Approximation, out: Path, labels: list[str] | None) -> None:
+    rw.write(approximation.adapter, out)
+    if labels is not None:
+        save_labels(out, labels)
+
+
+def value_table(title: str, approximation: Approximation, out: Path) -> Table:
+    """What was kept, what was lost, and where the adapter lies."""
+    ranks = sorted(site.delta.rank for site in approximation.adapter.sites.values())
+    errors = approximation.errors
+    worst = max(errors, key=lambda path: errors[path])
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("ranks", f"{ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}, at {len(ranks)} layers")
+    table.add_row("numbers", f"{approximation.parameters:,}")
+    table.add_row("change lost", f"{approximation.error:.2%}; {errors[worst]:.2%} at the worst layer, {worst}")
+    for name, size in approximation.left_out.items():
+        table.add_row("left out", f"{name}, a change of {size:.3g}")
+    table.add_row("adapter", str(out))
+    return table
