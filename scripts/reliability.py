@@ -27,7 +27,7 @@ class Fault(NamedTuple):
 _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
 _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
-_MEANING = "parity/test_peft_configurations.py"
+_MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocabulary.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -214,6 +214,20 @@ FAULTS: tuple[Fault, ...] = (
          f"{_MEANING}::test_tensors_that_the_configuration_does_not_select",
          f"{_MEANING}::test_all_linear_selects_linear_layers", f"{_MEANING}::test_no_target_modules",
          f"{_MEANING}::test_names_that_peft_does_not_read"),
+    ),
+    Fault(
+        "Two tensors of one tied weight in a file",
+        "Each module gets its own copy where they differ, as in PEFT; copies that are alike stay tied.",
+        (f"{_VOCABULARY}::test_a_vocabulary_that_peft_trained_whole",
+         f"{_VOCABULARY}::test_copies_that_are_alike_stay_tied"),
+    ),
+    Fault(
+        "A model changed under its adapter: vocabulary resized, weights tied again, layers replaced",
+        "A resized vocabulary is saved with the adapter; what the model does not use is not saved: `AttachError` names "
+        "it and says how to go on.",
+        (f"{_VOCABULARY}::test_a_vocabulary_resized_under_the_adapter_is_saved_with_it",
+         f"{_VOCABULARY}::test_what_the_model_does_not_use_is_not_saved",
+         f"{_VOCABULARY}::test_a_copy_that_was_tied_away_can_be_put_back"),
     ),
 )  # fmt: skip
 
