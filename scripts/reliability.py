@@ -29,6 +29,7 @@ _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
 _MEANING = "parity/test_peft_configurations.py"
 _SECOND = "unit/test_second_derivatives.py"
+_MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocabulary.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 _BASES = "unit/test_hostile_bases.py"
@@ -242,6 +243,20 @@ FAULTS: tuple[Fault, ...] = (
          f"{_BASES}::test_a_configuration_that_names_other_weights",
          f"{_BASES}::test_a_configuration_that_names_code_on_the_hub",
          f"{_BASES}::test_spoilt_files_end_in_a_named_error_or_are_not_used", f"{_BASES}::test_what_is_no_file"),
+    ),
+    Fault(
+        "Two tensors of one tied weight in a file",
+        "Each module gets its own copy where they differ, as in PEFT; copies that are alike stay tied.",
+        (f"{_VOCABULARY}::test_a_vocabulary_that_peft_trained_whole",
+         f"{_VOCABULARY}::test_copies_that_are_alike_stay_tied"),
+    ),
+    Fault(
+        "A model changed under its adapter: vocabulary resized, weights tied again, layers replaced",
+        "A resized vocabulary is saved with the adapter; what the model does not use is not saved: `AttachError` names "
+        "it and says how to go on.",
+        (f"{_VOCABULARY}::test_a_vocabulary_resized_under_the_adapter_is_saved_with_it",
+         f"{_VOCABULARY}::test_what_the_model_does_not_use_is_not_saved",
+         f"{_VOCABULARY}::test_a_copy_that_was_tied_away_can_be_put_back"),
     ),
 )  # fmt: skip
 

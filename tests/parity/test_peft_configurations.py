@@ -1,16 +1,15 @@
 """What PEFT's entries mean: read as PEFT reads them, or refused by name."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from peft_written import SAID, gpt2, llama, outputs, rewritten, stack, written
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from zoo import left_as_it_was
 
 import rankwise as rw
@@ -18,77 +17,24 @@ from rankwise.errors import BaseMismatch, SpecError, UnexpectedTensor, Unsupport
 from rankwise.format.peft import read_adapter
 from rankwise.inspection.inspection import inspect
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
-]
-
-IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(5))
-
-
-def _stack() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Embedding(64, 24), nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 20), nn.Linear(20, 20))
-
-
-def _llama(**fields: Any) -> nn.Module:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, **fields,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def _gpt2() -> nn.Module:
-    torch.manual_seed(1)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
-
-
-def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        y = model.eval()(IDS)
-    return y if isinstance(y, Tensor) else y.logits
-
-
-def written(base: nn.Module, where: Path, size: float = 0.05, **fields: Any) -> nn.Module:
-    """A PEFT adapter with every trained tensor moved, saved; as PEFT reads it on a clean base."""
-    peft = get_peft_model(copy.deepcopy(base), LoraConfig(**fields))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    peft.save_pretrained(str(where))
-    return PeftModel.from_pretrained(copy.deepcopy(base), str(where))
-
-
-def rewritten(where: Path, **fields: Any) -> Path:
-    """The same directory with other entries in its configuration."""
-    path = where / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-    return where
-
+pytestmark = [pytest.mark.filterwarnings(said) for said in SAID]
 
 # --------------------------------------------------------------------------- pairs that are relative to a changed base
 
 RELATIVE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "pissa": (_stack, {"init_lora_weights": "pissa"}),
-    "olora": (_stack, {"init_lora_weights": "olora"}),
-    "with-an-embedding": (_stack, {"init_lora_weights": "pissa", "target_modules": ["0", "1", "3"]}),
+    "pissa": (stack, {"init_lora_weights": "pissa"}),
+    "olora": (stack, {"init_lora_weights": "olora"}),
+    "with-an-embedding": (stack, {"init_lora_weights": "pissa", "target_modules": ["0", "1", "3"]}),
     "rslora-patterns": (
-        _stack,
+        stack,
         {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"3": 5}, "alpha_pattern": {"1": 7}},
     ),
-    "dora": (_stack, {"init_lora_weights": "pissa", "use_dora": True}),
-    "olora-dora": (_stack, {"init_lora_weights": "olora", "use_dora": True}),
-    "llama": (_llama, {"init_lora_weights": "pissa", "target_modules": ["q_proj", "down_proj"]}),
-    "gpt2": (_gpt2, {"init_lora_weights": "pissa", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "dora": (stack, {"init_lora_weights": "pissa", "use_dora": True}),
+    "olora-dora": (stack, {"init_lora_weights": "olora", "use_dora": True}),
+    "llama": (llama, {"init_lora_weights": "pissa", "target_modules": ["q_proj", "down_proj"]}),
+    "gpt2": (gpt2, {"init_lora_weights": "pissa", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
     # PEFT decomposes the transpose here, so that its start is no start; what it computes from the file is this still.
-    "gpt2-olora": (_gpt2, {"init_lora_weights": "olora", "target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
+    "gpt2-olora": (gpt2, {"init_lora_weights": "olora", "target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
 }  # fmt: skip
 
 
@@ -114,14 +60,14 @@ def test_a_pair_that_is_relative_to_a_changed_base(name: str, tmp_path: Path):
 def test_an_untrained_relative_pair_changes_nothing(start: str, tmp_path: Path):
     """Up to the rounding of the stored pair, which PEFT writes in the base's type."""
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):
-        base = _stack().to(dtype)
+        base = stack().to(dtype)
         written(base, tmp_path, size=0.0, r=4, target_modules=["1", "3", "4"], init_lora_weights=start)
         before = outputs(base)
         assert (outputs(rw.load(base, tmp_path)) - before).abs().max() <= tolerance * before.abs().max()
 
 
 def test_what_needs_the_base_to_be_a_change(tmp_path: Path):
-    written(_stack(), tmp_path, r=4, target_modules=["1", "3", "4"], init_lora_weights="pissa")
+    written(stack(), tmp_path, r=4, target_modules=["1", "3", "4"], init_lora_weights="pissa")
     with pytest.raises(UnsupportedAdapter, match=r"relative to a base that init_lora_weights 'pissa' had changed"):
         read_adapter(tmp_path)
     report = inspect(tmp_path)
@@ -157,9 +103,9 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_entry_that_changes_the_function_is_refused_by_name(name: str, tmp_path: Path):
-    written(_stack(), tmp_path, r=2, target_modules=["1"])
+    written(stack(), tmp_path, r=2, target_modules=["1"])
     rewritten(tmp_path, **REFUSED[name])
-    model = _stack()
+    model = stack()
     (entry, *_) = REFUSED[name]
     with left_as_it_was(model), pytest.raises(UnsupportedAdapter, match=entry):
         rw.load(model, tmp_path)
@@ -180,7 +126,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_an_entry_that_changes_nothing_is_taken(name: str, tmp_path: Path):
-    base = _stack()
+    base = stack()
     expected = outputs(written(base, tmp_path, r=2, target_modules=["1", "3"]))
     rewritten(tmp_path, **NEUTRAL[name])
     assert not inspect(tmp_path).problems
@@ -261,10 +207,10 @@ def test_tensors_that_the_configuration_does_not_select(name: str, tmp_path: Pat
 
 
 def test_all_linear_selects_linear_layers(tmp_path: Path):
-    base = _llama()
+    base = llama()
     expected = outputs(written(base, tmp_path / "a", r=2, target_modules="all-linear"))
     rewritten(tmp_path / "a", target_modules="all-linear")
-    assert (outputs(rw.load(_llama(), tmp_path / "a")) - expected).abs().max() <= 1e-5
+    assert (outputs(rw.load(llama(), tmp_path / "a")) - expected).abs().max() <= 1e-5
     written(base, tmp_path / "b", r=2, target_modules=["q_proj", "embed_tokens", "lm_head"])
     rewritten(tmp_path / "b", target_modules="all-linear")
     with left_as_it_was(base), pytest.raises(UnexpectedTensor, match=r"'all-linear' does not select in this model"):
@@ -273,10 +219,10 @@ def test_all_linear_selects_linear_layers(tmp_path: Path):
 
 @pytest.mark.parametrize("targets", [None, []])
 def test_no_target_modules(targets: Any, tmp_path: Path):
-    written(_stack(), tmp_path, r=2, target_modules=["1"])
+    written(stack(), tmp_path, r=2, target_modules=["1"])
     rewritten(tmp_path, target_modules=targets)
     with pytest.raises(UnsupportedAdapter, match=r"target_modules is (None|\[\]).*write them there"):
-        rw.load(_stack(), tmp_path)
+        rw.load(stack(), tmp_path)
     assert any("target_modules" in problem for problem in inspect(tmp_path).problems)
 
 
@@ -285,10 +231,10 @@ def test_no_target_modules(targets: Any, tmp_path: Path):
                {"layers_to_transform": [0], "layers_pattern": 3}],
 )  # fmt: skip
 def test_numbers_of_layers_that_cannot_be_used(fields: dict[str, Any], tmp_path: Path):
-    written(_stack(), tmp_path, r=2, target_modules=["1", "3"])
+    written(stack(), tmp_path, r=2, target_modules=["1", "3"])
     rewritten(tmp_path, **fields)
     with pytest.raises(SpecError, match="layers_"):
-        rw.load(_stack(), tmp_path)
+        rw.load(stack(), tmp_path)
     assert any(problem.startswith("SpecError") for problem in inspect(tmp_path).problems)
 
 
@@ -304,12 +250,12 @@ SPELLINGS: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("both", [False, True], ids=["instead", "both"])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_names_that_peft_does_not_read(name: str, both: bool, tmp_path: Path):
-    written(_stack(), tmp_path, r=2, target_modules=["0", "1"])
+    written(stack(), tmp_path, r=2, target_modules=["0", "1"])
     path, (old, new) = tmp_path / "adapter_model.safetensors", SPELLINGS[name]
     tensors = load_file(path)
     renamed = {key.replace(old, new): tensor.clone() for key, tensor in tensors.items()}
     save_file(tensors | renamed if both else renamed, path)
-    model = _stack()
+    model = stack()
     with left_as_it_was(model), pytest.raises(UnexpectedTensor, match="belongs to no adapter site, and PEFT would"):
         rw.load(model, tmp_path)
     assert any(problem.startswith("UnexpectedTensor") for problem in inspect(tmp_path).problems)

@@ -14,6 +14,7 @@ from rankwise.adapted.first_forward import end_watch, watch_first_forward
 from rankwise.adapted.slot import Slot, slot_on
 from rankwise.adapted.whole_modules import StartingValues, WholeModule, add_copies
 from rankwise.errors import AttachError
+from rankwise.layers.kinds import kind_of
 from rankwise.methods import nearest
 from rankwise.sites import ADAPTED, SLOT, WHOLE, base_modules
 from rankwise.spec import LoRA
@@ -29,6 +30,7 @@ class Adapted:
 
     Attributes:
         base_flags: parameter name → requires_grad before the first attach.
+        base_shapes: path of each linear layer and embedding → its (out, in) then.
         specs: adapter name → its spec.
         trainable: adapter name → whether it is trained when active.
         active: names of the active adapters, in the order in which they were named.
@@ -40,6 +42,7 @@ class Adapted:
     """
 
     base_flags: Mapping[str, bool]
+    base_shapes: Mapping[str, tuple[int, int]]
     specs: dict[str, LoRA] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     active: tuple[str, ...] = ()
@@ -87,7 +90,11 @@ class Adapted:
         """Like :meth:`find`; a model without adapters is frozen and gets one."""
         if Adapted.find(model) is None:
             root = base_root(model)
-            setattr(root, ADAPTED, Adapted({path: param.requires_grad for path, param in root.named_parameters()}))
+            flags = {path: parameter.requires_grad for path, parameter in root.named_parameters()}
+            layers = {p: m for p, m in base_modules(root).items() if isinstance(m, nn.Linear | nn.Embedding)}
+            setattr(
+                root, ADAPTED, Adapted(flags, {path: kind_of(layer).shape(layer) for path, layer in layers.items()})
+            )
             root.requires_grad_(False)
         return Adapted.of(model)
 

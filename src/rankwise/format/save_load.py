@@ -1,6 +1,7 @@
 """save and load: an adapter between a model and a PEFT directory."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMisma
 from rankwise.files import read_json
 from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own, relative_start, stated_fields
+from rankwise.format.in_use import resized_layers
 from rankwise.format.names import BASE_COPY, CONFIG, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_pairs, write_adapter
@@ -41,20 +43,34 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     :func:`load` reads. Each file is written whole and renamed into place.
 
     Raises:
-        AttachError: no such adapter, or several are active and no name is given.
+        AttachError: no such adapter, several are active and no name is given, or the model was changed under it, so
+            that it does not use what would be saved.
         UnsupportedAdapter: its variant gives tensors that no reader would know.
         NonFiniteTensor: it holds NaN or infinity.
     """
     adapted = Adapted.of(model)
     name = adapted.adapter_name(name)
-    spec = adapted.specs[name]
-    if isinstance(spec.variant, PairVariant):
+    if isinstance(adapted.specs[name].variant, PairVariant):
         write_adapter(portable(model, name=name), directory)
         return
     layers = adapted.adapter_layers(name)
+    spec, whole = _saved_whole(adapted, name)
     with adapted.switched_off():
         probes = base_probes(adapted.root, list(layers))
-    write_own_form(adapted.root, BuiltAdapter(spec, layers, adapted.whole_tensors(name), probes), directory)
+    write_own_form(adapted.root, BuiltAdapter(spec, layers, whole, probes), directory)
+
+
+def _saved_whole(adapted: Adapted, name: str) -> tuple[LoRA, dict[str, Tensor]]:
+    """The spec of what is saved, and the tensors that are saved whole: those trained so, and a resized vocabulary's.
+
+    Raises:
+        AttachError: the model was changed, so that it does not use what would be saved.
+    """
+    spec, resized = adapted.specs[name], resized_layers(adapted, name)
+    whole = adapted.whole_tensors(name)
+    for path in resized:
+        whole |= base_state(path, adapted.layer(path))
+    return replace(spec, modules_to_save=(*spec.modules_to_save, *resized)), whole
 
 
 def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
@@ -65,16 +81,16 @@ def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
     """
     adapted = Adapted.of(model)
     name = adapted.adapter_name(name)
-    spec = adapted.specs[name]
     layers = adapted.adapter_layers(name)
     changes = {path: layer for path, layer in layers.items() if isinstance(layer, FoldableLayer)}
     if len(changes) < len(layers):
         raise AttachError(
-            f"adapter {name!r} is of variant {name_of(VARIANTS, spec.variant)!r}, which acts behind a layer; expected "
-            f"one that changes the layer's weight"
+            f"adapter {name!r} is of variant {name_of(VARIANTS, adapted.specs[name].variant)!r}, which acts behind a "
+            f"layer; expected one that changes the layer's weight"
         )
+    spec, whole = _saved_whole(adapted, name)
     with adapted.switched_off():  # the probe must see the pretrained weights, whatever the anchor
-        return extract(adapted.root, spec, changes, adapted.whole_tensors(name))
+        return extract(adapted.root, spec, changes, whole)
 
 
 def load(
@@ -147,7 +163,10 @@ def _whole_values(model: nn.Module, adapter: BuiltAdapter, source: Path) -> dict
     strays = adapter.whole.keys() - {f"{path}.{key}" for path, tensors in values.items() for key in tensors}
     if strays:
         raise BaseMismatch(f"{source}: has {min(strays)}, of a module that this model lacks; it is another base's")
-    hint = "give it modules_to_save as they were trained (a classifier with the same number of labels)"
+    hint = (
+        "give it modules_to_save as they were trained: a classifier with the same number of labels, an embedding with "
+        "the same vocabulary (model.resize_token_embeddings)"
+    )
     check_fit(source, adapter.whole, expected, "this model", hint)
     return values
 

@@ -1,0 +1,153 @@
+"""Vocabularies that are tied, trained whole, or resized: what is saved is what the model uses, and comes back."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft_written import IDS, SAID, llama, outputs, written
+from safetensors.torch import load_file
+from torch import nn
+from zoo import left_as_it_was, perturb
+
+import rankwise as rw
+from rankwise.errors import AttachError, ShapeMismatch
+from rankwise.inspection.inspection import inspect
+
+pytestmark = [pytest.mark.filterwarnings(said) for said in SAID]
+
+BOTH = ["embed_tokens", "lm_head"]
+SPEC = rw.LoRA(rank=2, target_modules=["q_proj"])
+
+
+def tied() -> nn.Module:
+    return llama(tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("whole", [BOTH, ["lm_head"], ["embed_tokens"]], ids="+".join)
+@pytest.mark.parametrize("build", [tied, llama], ids=["tied", "untied"])
+def test_a_vocabulary_that_peft_trained_whole(build: Callable[[], nn.Module], whole: list[str], tmp_path: Path):
+    """PEFT trains a copy for each module, though the base ties them."""
+    base = build()
+    expected = outputs(written(base, tmp_path / "a", r=2, target_modules=["q_proj"], modules_to_save=whole))
+    ours = rw.load(copy.deepcopy(base), tmp_path / "a")
+    assert (outputs(ours) - expected).abs().max() <= 1e-5
+    with rw.disabled(ours):
+        assert torch.equal(outputs(ours), outputs(base))
+    rw.save(ours, tmp_path / "b")
+    assert (outputs(rw.load(copy.deepcopy(base), tmp_path / "b")) - expected).abs().max() <= 1e-5
+    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "b"))
+    assert (outputs(again) - expected).abs().max() <= 1e-5
+    assert torch.equal(outputs(rw.detach(ours)), outputs(base))
+
+
+def test_copies_that_are_alike_stay_tied(tmp_path: Path):
+    spec = rw.LoRA(rank=2, target_modules=["q_proj"], modules_to_save=BOTH)
+    model = rw.attach(tied(), spec)
+    perturb(model, 0.1)
+    rw.save(model, tmp_path)
+    again = rw.load(tied(), tmp_path, trainable=True)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert len(rw.trainable_parameters(again)) == 2 * 2 + 1
+    assert torch.equal(outputs(again), outputs(model))
+
+
+# ------------------------------------------------------------------------- a model that is changed under its adapter
+
+
+@pytest.mark.parametrize("build", [tied, llama], ids=["tied", "untied"])
+def test_a_vocabulary_resized_under_the_adapter_is_saved_with_it(build: Callable[[], nn.Module], tmp_path: Path):
+    """Its new rows are in no other file."""
+    model = rw.attach(build(), SPEC)
+    perturb(model, 0.1)
+    torch.manual_seed(7)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    expected = outputs(model)
+    rw.save(model, tmp_path)
+    names = [name.removeprefix("base_model.model.") for name in load_file(tmp_path / "adapter_model.safetensors")]
+    assert {"lm_head.weight", "model.embed_tokens.weight"} < set(names)
+    assert not inspect(tmp_path).problems
+    base = build()
+    with left_as_it_was(base), pytest.raises(ShapeMismatch, match=r"\(70, 32\).*expected \(64, 32\).*resize_token_emb"):
+        rw.load(base, tmp_path)
+    torch.manual_seed(8)  # other new rows
+    base.resize_token_embeddings(70, mean_resizing=False)
+    assert (outputs(base)[..., 64:] - expected[..., 64:]).abs().max() > 1e-3
+    assert (outputs(rw.load(copy.deepcopy(base), tmp_path)) - expected).abs().max() <= 1e-5
+    assert (outputs(PeftModel.from_pretrained(base, str(tmp_path))) - expected).abs().max() <= 1e-5
+
+
+def _resize(model: nn.Module) -> None:
+    model.resize_token_embeddings(70)
+
+
+def _tie(model: nn.Module) -> None:
+    model.tie_weights()
+
+
+def _replace(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.q_proj = nn.Linear(32, 32, bias=False)
+
+
+def _drop(model: nn.Module) -> None:
+    del model.model.layers[1]
+
+
+CHANGES: dict[str, tuple[Callable[[], nn.Module], rw.LoRA, Callable[[nn.Module], None], str]] = {
+    "an adapted embedding resized": (
+        llama, rw.LoRA(rank=2, target_modules=BOTH), _resize,
+        r"(embed_tokens: the layer was resized|lm_head: the layer was replaced)",
+    ),
+    "a trained head replaced": (
+        llama, rw.LoRA(rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), _resize,
+        r"lm_head: the module was replaced",
+    ),
+    "a trained head tied again": (
+        tied, rw.LoRA(rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"]), _tie,
+        r"lm_head: its weight is no longer the trained copy.*rankwise.activate\(model, 'default'\)",
+    ),
+    "a layer replaced": (llama, SPEC, _replace, r"layers.0.self_attn.q_proj: the layer was replaced"),
+    "a layer dropped": (llama, SPEC, _drop, r"layers.1.self_attn.q_proj: the layer was replaced"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_model_does_not_use_is_not_saved(name: str, tmp_path: Path):
+    build, spec, change, message = CHANGES[name]
+    model = rw.attach(build(), spec)
+    perturb(model, 0.1)
+    rw.save(model, tmp_path / "before")
+    change(model)
+    with pytest.raises(AttachError, match=message):
+        rw.save(model, tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+
+
+def test_a_copy_that_was_tied_away_can_be_put_back(tmp_path: Path):
+    model = rw.attach(tied(), rw.LoRA(rank=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    perturb(model, 0.1)
+    expected = outputs(model)
+    model.tie_weights()
+    assert not torch.equal(outputs(model), expected)
+    rw.activate(model, "default")
+    assert torch.equal(outputs(model), expected)
+    rw.save(model, tmp_path)
+    assert (outputs(rw.load(tied(), tmp_path)) - expected).abs().max() <= 1e-5
+
+
+def test_trained_copies_follow_a_resized_vocabulary(tmp_path: Path):
+    """transformers resizes an embedding in place; the copy is what is there."""
+    model = rw.attach(tied(), rw.LoRA(rank=2, target_modules=["q_proj"], modules_to_save=BOTH))
+    perturb(model, 0.1)
+    model.resize_token_embeddings(70)
+    assert outputs(model).shape == (*IDS.shape, 70)
+    try:
+        rw.save(model, tmp_path)
+    except AttachError as error:
+        assert "lm_head" in str(error)
+        return
+    other = tied()
+    other.resize_token_embeddings(70)
+    assert (outputs(rw.load(other, tmp_path)) - outputs(model)).abs().max() <= 1e-5
