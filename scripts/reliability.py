@@ -31,6 +31,7 @@ _MEANING = "parity/test_peft_configurations.py"
 _SECOND = "unit/test_second_derivatives.py"
 _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocabulary.py"
 _MERGED = "end_to_end/test_merged_directory.py"
+_OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 _BASES = "unit/test_hostile_bases.py"
 
@@ -189,6 +190,23 @@ FAULTS: tuple[Fault, ...] = (
          f"{_MERGED}::test_a_merge_that_is_cut_off_leaves_nothing"),
     ),
     Fault(
+        "Second derivatives, torch.func, forward mode",
+        "Those of the folded weights: Hessians and their products, gradient penalties, gradients per sample.",
+        (f"{_SECOND}::test_hessian_vector_products",
+         f"{_SECOND}::test_a_gradient_penalty_trains_what_the_dense_weights_would",
+         f"{_SECOND}::test_transforms_of_the_parameters", f"{_SECOND}::test_gradients_per_sample",
+         f"{_SECOND}::test_hessians_in_the_inputs", f"{_SECOND}::test_forward_mode_through_the_model"),
+    ),
+    Fault(
+        "Offloaded and meta models, `device_map`, offloading after `attach`",
+        "What is in memory works, on every device; a tensor on the meta device is refused by its name, as is the "
+        "forward of a model whose adapters were offloaded. `plan` needs no tensors; merged first, it may be offloaded.",
+        (f"{_OFFLOADED}::test_attach_to_an_offloaded_model", f"{_OFFLOADED}::test_offloaded_after_attach",
+         f"{_OFFLOADED}::test_dispatched_without_offloading", f"{_OFFLOADED}::test_a_model_on_the_meta_device",
+         f"{_OFFLOADED}::test_a_model_of_which_a_part_is_on_disk",
+         f"{_OFFLOADED}::test_merged_first_a_model_can_be_offloaded"),
+    ),
+    Fault(
         "Stale or foreign gradient cache; initialisation interrupted",
         "The cache is refused by its hashes; the model is left as it was.",
         ("unit/test_gradient_cache.py::test_other_weights_batches_or_settings_are_refused",
@@ -218,14 +236,6 @@ FAULTS: tuple[Fault, ...] = (
          f"{_MEANING}::test_tensors_that_the_configuration_does_not_select",
          f"{_MEANING}::test_all_linear_selects_linear_layers", f"{_MEANING}::test_no_target_modules",
          f"{_MEANING}::test_names_that_peft_does_not_read"),
-    ),
-    Fault(
-        "Second derivatives, torch.func, forward mode",
-        "Those of the folded weights: Hessians and their products, gradient penalties, gradients per sample.",
-        (f"{_SECOND}::test_hessian_vector_products",
-         f"{_SECOND}::test_a_gradient_penalty_trains_what_the_dense_weights_would",
-         f"{_SECOND}::test_transforms_of_the_parameters", f"{_SECOND}::test_gradients_per_sample",
-         f"{_SECOND}::test_hessians_in_the_inputs", f"{_SECOND}::test_forward_mode_through_the_model"),
     ),
     Fault(
         "Terminal escapes, marks of direction, and rich's markup in names, files, errors and traces",

@@ -10,7 +10,7 @@ LAYERS = (
     ("errors", "shapes"),
     ("json_object", "pattern_worker", "methods"),
     ("tensor_header",),
-    ("files", "patterns", "base_probe", "sites", "text_table", "tuning", "algebra"),
+    ("files", "patterns", "base_probe", "placement", "sites", "text_table", "tuning", "algebra"),
     ("tensor_files",),
     ("layers",),
     ("scaling", "inits", "variants"),

@@ -72,7 +72,8 @@ def attach(  # type: ignore[misc]  # a dry run takes what attach takes
         The same model; of a dry run the :class:`rankwise.planning.Plan`.
 
     Raises:
-        TargetError, SpecError: see :func:`rankwise.plan`. AttachError: the name is taken or malformed.
+        TargetError, SpecError: see :func:`rankwise.plan`. AttachError: the name is taken or malformed, or the model's
+        tensors are not in memory (offloaded, or on the meta device; a plan needs none).
         EvidenceError: the init needs batches and got none, a layer got no gradient, NaN. On any error the model is
         left exactly as it was.
 

@@ -16,6 +16,7 @@ from rankwise.adapted.whole_modules import StartingValues, WholeModule, add_copi
 from rankwise.errors import AttachError
 from rankwise.layers.kinds import kind_of
 from rankwise.methods import nearest
+from rankwise.placement import check_in_memory
 from rankwise.sites import ADAPTED, SLOT, WHOLE, base_modules
 from rankwise.spec import LoRA
 from rankwise.variants.base import AdapterLayer
@@ -275,13 +276,14 @@ def check_new_name(model: nn.Module, name: Any) -> None:
     """Refuse a name under which no new adapter can be put on this model.
 
     Raises:
-        AttachError: the name is malformed or taken, or the model can carry no adapter now.
+        AttachError: the name is malformed or taken, or the model can carry no adapter now; it is offloaded.
     """
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AttachError(
             f"adapter name {name!r} cannot be used: it must be non-empty, without dots, and not the name of a method "
             f"of torch.nn.ModuleDict; choose another"
         )
+    check_in_memory(model)
     adapted = Adapted.find(model)
     if adapted is None:
         for module in model.modules():

@@ -12,6 +12,7 @@ from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import MergeError
 from rankwise.layers.kinds import parameter_owners
 from rankwise.layers.quantised import is_quantised
+from rankwise.placement import check_in_memory
 from rankwise.shapes import Float, Shaped
 from rankwise.variants.base import FoldableLayer
 
@@ -76,13 +77,14 @@ def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_L
     Raises:
         MergeError: NaN or infinity in a base weight, a change or a folded weight, a quantised base, a weight that
             another module shares, or more lost than ``most_lost``. The model is then left as it was.
-        AttachError: the model carries no adapter.
+        AttachError: the model carries no adapter, or is offloaded.
     """
     if not most_lost >= 0:  # nor NaN
         raise MergeError(f"most_lost: expected a share from 0 on, found {most_lost}")
     adapted = Adapted.of(model)
     if adapted.merged:
         raise MergeError("this model is merged already: call rankwise.unmerge or rankwise.detach first")
+    check_in_memory(adapted.root)
     changes = _active_changes(adapted)
     if not changes:
         raise MergeError("no adapter is active, so there is nothing to merge: call rankwise.activate(model, name)")

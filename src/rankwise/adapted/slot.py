@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.placement import check_in_memory
 from rankwise.sites import SLOT
 from rankwise.variants.base import AdapterLayer, FoldableLayer
 
@@ -38,8 +39,11 @@ class Slot(nn.Module):
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output y with the active adapters' parts."""
-        if not self.fired and not torch.compiler.is_compiling():
-            self.fired = True
+        if not torch.compiler.is_compiling():
+            if "forward" in vars(layer):  # as accelerate's offloading has it
+                check_in_memory(self, self.site_name)
+            if not self.fired:
+                self.fired = True
         if self.enabled:
             for name in self.active:
                 y = self.adapters[name].adapt(layer, x, y)

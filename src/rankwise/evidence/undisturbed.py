@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError
+from rankwise.placement import check_in_memory
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]
 
@@ -57,7 +58,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout) with all parameters frozen, so no ``.grad`` is written; everything is put back.
 
     transformers' modules checkpoint activations in training mode only: those that are told to are left in it.
+
+    Raises:
+        AttachError: the model is offloaded.
     """
+    check_in_memory(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

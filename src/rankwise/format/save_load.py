@@ -28,6 +28,7 @@ from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import forbid_repacking, is_quantised
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of, keys_under
+from rankwise.placement import check_in_memory
 from rankwise.planning import target_layers, whole_modules
 from rankwise.sites import Site, base_modules
 from rankwise.spec import LoRA
@@ -43,12 +44,13 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     :func:`load` reads. Each file is written whole and renamed into place.
 
     Raises:
-        AttachError: no such adapter, several are active and no name is given, or the model was changed under it, so
-            that it does not use what would be saved.
+        AttachError: no such adapter, several are active and no name is given, the model is offloaded, or it was changed
+            under it, so that it does not use what would be saved.
         UnsupportedAdapter: its variant gives tensors that no reader would know.
         NonFiniteTensor: it holds NaN or infinity.
     """
     adapted = Adapted.of(model)
+    check_in_memory(adapted.root)
     name = adapted.adapter_name(name)
     if isinstance(adapted.specs[name].variant, PairVariant):
         write_adapter(portable(model, name=name), directory)
@@ -77,9 +79,11 @@ def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
     """An adapter that changes weights (the active one by default) as a value, without the model.
 
     Raises:
-        AttachError: no such adapter, several are active and no name is given, or it changes no weight.
+        AttachError: no such adapter, several are active and no name is given, it changes no weight, or the model is
+            offloaded.
     """
     adapted = Adapted.of(model)
+    check_in_memory(adapted.root)
     name = adapted.adapter_name(name)
     layers = adapted.adapter_layers(name)
     changes = {path: layer for path, layer in layers.items() if isinstance(layer, FoldableLayer)}
@@ -116,7 +120,7 @@ def load(
 
     Raises:
         CheckpointError: one of its kinds, see ``rankwise.errors``. The model is then left as it was.
-        AttachError: the name is taken or malformed, or the model is merged.
+        AttachError: the name is taken or malformed, or the model is merged or offloaded.
     """
     check_new_name(model, name)
     if trainable:
