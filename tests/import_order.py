@@ -9,7 +9,7 @@ from pathlib import Path
 LAYERS = (
     ("errors", "shapes"),
     ("json_object", "pattern_worker"),
-    ("tensor_header",),
+    ("tensor_header", "disk"),
     ("files", "methods", "patterns", "base_probe", "sites", "text_table", "algebra"),
     ("tensor_files",),
     ("layers",),

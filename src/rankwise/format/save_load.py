@@ -13,10 +13,10 @@ from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
-from rankwise.files import read_json
+from rankwise.files import read_json, settled
 from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own
-from rankwise.format.names import BASE_COPY, CONFIG, TENSORS
+from rankwise.format.names import BASE_COPY, CONFIG, FILES, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_adapter, write_adapter
 from rankwise.layers.kinds import Kind, kind_of, kind_or_none
@@ -35,12 +35,15 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     """Write an adapter (the active one by default) as a PEFT directory that is exact on the clean base.
 
     An adapter that no pair can express, such as a bottleneck, gets a directory that PEFT refuses by name and only
-    :func:`load` reads. Each file is written whole and renamed into place.
+    :func:`load` reads. Where an adapter lies there already, it is replaced as a whole: whatever stops this leaves the
+    old one, the new one, or one without ``adapter_config.json``, which no engine takes for an adapter and which the
+    next :func:`load` makes the new one.
 
     Raises:
         AttachError: no such adapter, or several are active and no name is given.
         UnsupportedAdapter: its variant gives tensors that no reader would know.
         NonFiniteTensor: it holds NaN or infinity.
+        WriteError: the system refuses.
     """
     adapted = Adapted.of(model)
     name = adapted.adapter_name(name)
@@ -103,16 +106,20 @@ def load(
     if trainable:
         forbid_repacking(model)
     root, folder = base_root(model), Path(directory)
-    if is_own(read_json(folder / CONFIG)):
-        adapter = read_own_form(root, folder)
-    else:
-        adapter = _built(root, read_adapter(folder), folder)
+    adapter = settled(folder, FILES, lambda: _read(root, folder))
     _check_allowed(adapter.whole, modules_to_save, folder / TENSORS)
     if not allow_other_base:
         _check_base(root, adapter, folder)
     whole = _whole_values(root, adapter, folder / TENSORS)
     Adapted.ensure(model).add(name, adapter.spec, adapter.layers, whole, trainable=trainable)
     return model
+
+
+def _read(model: nn.Module, folder: Path) -> BuiltAdapter:
+    """The adapter in a directory of either form."""
+    if is_own(read_json(folder / CONFIG)):
+        return read_own_form(model, folder)
+    return _built(model, read_adapter(folder), folder)
 
 
 def _built(model: nn.Module, adapter: Adapter, folder: Path) -> BuiltAdapter:
