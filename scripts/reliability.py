@@ -34,6 +34,7 @@ _MERGED = "end_to_end/test_merged_directory.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 _BASES = "unit/test_hostile_bases.py"
+_DISK, _POWER = "unit/test_disk.py", "unit/test_power_loss.py"
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
@@ -48,6 +49,20 @@ FAULTS: tuple[Fault, ...] = (
         ("end_to_end/test_kills.py::test_killed_and_disk_full_at_every_operation",
          f"{_RESUME}::test_a_file_that_may_not_grow_stops_the_run_and_loses_nothing",
          "unit/test_bad_checkpoints.py::test_a_full_disk_leaves_the_previous_file"),
+    ),
+    Fault(
+        "Power lost while saving, at any moment",
+        "What was not flushed is lost, cut or there, and any name changed since: the old checkpoint or adapter, or the "
+        "new one, whole.",
+        (f"{_POWER}::test_a_checkpoint", f"{_POWER}::test_an_adapter_saved_over_another",
+         f"{_POWER}::test_a_directory_that_switches_as_a_whole"),
+    ),
+    Fault(
+        "An adapter saved over another: killed, or read meanwhile",
+        "The old one or the new one, never parts of both; what a dead process left goes with the next write.",
+        ("end_to_end/test_resaves.py::test_an_adapter_that_is_saved_over_and_over_is_never_mixed_nor_lost",
+         f"{_DISK}::test_a_disk_that_fails_at_any_moment_of_a_save", f"{_DISK}::test_several_writers_take_turns",
+         f"{_DISK}::test_what_dead_processes_left_goes_with_the_next_write_and_what_live_ones_have_stays"),
     ),
     Fault(
         "Newest checkpoint truncated",

@@ -9,7 +9,7 @@ from pathlib import Path
 LAYERS = (
     ("errors", "shapes"),
     ("json_object", "pattern_worker", "methods"),
-    ("tensor_header",),
+    ("tensor_header", "disk"),
     ("files", "patterns", "base_probe", "placement", "sites", "text_table", "tuning", "algebra"),
     ("tensor_files",),
     ("layers",),

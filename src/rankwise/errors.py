@@ -20,6 +20,7 @@ RankwiseError
 ├── PretrainedError         no pretrained model can be loaded under that name
 ├── DataError               training data that cannot be used
 │   └── NoTrainableTokens   every label is masked
+├── WriteError              a file could not be written: a full disk, missing rights
 ├── RecipeError             a recipe key or value that is not known
 └── TrainingError           a run that cannot go on
     ├── Diverged            a loss, gradient or weight that is not finite any more
@@ -119,6 +120,10 @@ class DataError(RankwiseError, ValueError):
 
 class NoTrainableTokens(DataError):
     """Every label is masked: the loss would be zero over nothing."""
+
+
+class WriteError(RankwiseError, OSError):
+    """A file could not be written: a full disk, missing rights. What was there is as it was."""
 
 
 class RecipeError(RankwiseError, ValueError):

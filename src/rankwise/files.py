@@ -1,33 +1,19 @@
-"""Reading and writing single files: whole or not at all, and never a pickle."""
+"""Reading single files that nobody need trust: of sane size, inside their directory, and never a pickle."""
 
 import hashlib
-import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rankwise.errors import BrokenFile, RecipeError, UnsafeFile
+from rankwise.disk import settle
+from rankwise.errors import BrokenFile, RankwiseError, RecipeError, UnsafeFile
 from rankwise.json_object import as_object
 from rankwise.tensor_header import TensorEntry, read_header
 
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
+T = TypeVar("T")
 
 
 def check_directory_name(path: Path) -> None:
@@ -47,11 +33,48 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """A JSON file with sorted keys."""
-    write_file(path, (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+def settled(folder: Path, names: Sequence[str], read: Callable[[], T]) -> T:
+    """What ``read`` makes of files that are saved together, all of one save: it reads anew while they change.
+
+    A save whose process was killed is finished first.
+
+    Args:
+        names: of the files, in ``folder``, that which is written last at the end.
+
+    Raises:
+        BrokenFile: they were saved anew each time. Whatever ``read`` raises of files at rest.
+    """
+    for pause in _PAUSES:
+        with ExitStack() as stack:
+            before = [_identity(stack, folder / name) for name in names]
+            between = before[-1] is None and settle(folder, names[-1])
+            try:
+                result = read()
+            except RankwiseError:
+                if not between and _are(folder, names, before):
+                    raise
+            else:
+                if not between and _are(folder, names, before):
+                    return result
+        time.sleep(pause)
+    raise BrokenFile(f"{folder}: was saved anew each of the {len(_PAUSES)} times that it was read; read it again later")
 
 
+def _identity(stack: ExitStack, path: Path) -> tuple[int, ...] | None:
+    """What tells a file from the one that replaces it. It stays open, so that its number is given to no other."""
+    try:
+        state = os.fstat(stack.enter_context(path.open("rb")).fileno()) if path.is_file() else None
+    except OSError:
+        return None
+    return None if state is None else (state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+def _are(folder: Path, names: Sequence[str], before: Sequence[tuple[int, ...] | None]) -> bool:
+    with ExitStack() as stack:
+        return [_identity(stack, folder / name) for name in names] == before
+
+
+_PAUSES = (0.001, 0.01, 0.05, *[0.1] * 20)  # seconds
 JSON_LIMIT = 16 * 2**20  # bytes
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

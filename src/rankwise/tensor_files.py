@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -9,15 +10,30 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from rankwise.algebra.precision import at_least_fp32
+from rankwise.disk import write_file
 from rankwise.errors import BrokenFile, MissingTensor, NonFiniteTensor, ShapeMismatch, UnexpectedTensor
-from rankwise.files import tensor_entries, write_file
+from rankwise.files import tensor_entries
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file; tensors that are tied are written once each.
+    """Write a safetensors file, as :func:`tensor_bytes` has it.
 
     Raises:
-        NonFiniteTensor: one holds NaN or infinity. Nothing is written then.
+        NonFiniteTensor: one holds NaN or infinity. WriteError: the system refuses. Nothing is written then.
+    """
+    write_file(path, tensor_bytes(path, tensors, metadata))
+
+
+def tensor_bytes(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
+    """The content of a safetensors file; tensors that are tied are in it once each.
+
+    Args:
+        path: where it is to be, for the error.
+
+    Raises:
+        NonFiniteTensor: one holds NaN or infinity.
     """
     plain: dict[str, Tensor] = {}
     places: set[int] = set()
@@ -27,7 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         on_cpu = tensor.detach().cpu().contiguous()
         plain[key] = on_cpu.clone() if on_cpu.data_ptr() in places else on_cpu
         places.add(plain[key].data_ptr())
-    write_file(path, to_bytes(plain, {"format": "pt", **metadata}))
+    return to_bytes(plain, {"format": "pt", **metadata})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

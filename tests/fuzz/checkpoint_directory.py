@@ -6,7 +6,7 @@ import torch
 from zoo import perturb, zoo_and_inputs
 
 import rankwise as rw
-from rankwise.files import write_json
+from rankwise.disk import write_json
 from rankwise.tensor_files import write_tensors
 
 NAMES = ("adapter_config.json", "adapter_model.safetensors", "rankwise.json")

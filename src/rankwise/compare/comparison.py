@@ -18,8 +18,8 @@ from rankwise.compare.figures import panels
 from rankwise.compare.runs import Budget, Trial, Trials, check_held_out, machine
 from rankwise.compare.search import Outcome, Run, compare, runs_needed
 from rankwise.compare.summary import Row, summary
+from rankwise.disk import write_file
 from rankwise.errors import RecipeError
-from rankwise.files import write_file
 from rankwise.report.page import finite, page
 from rankwise.train.data.dataset import load_data
 from rankwise.train.recipe import Recipe

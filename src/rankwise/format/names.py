@@ -3,6 +3,7 @@
 import re
 
 CONFIG, TENSORS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "rankwise.json"
+FILES = TENSORS, EXTRA, CONFIG  # in the order in which they are written
 FORMAT_VERSION = 1  # of EXTRA
 OWN = "RANKWISE_"  # begins the ``peft_type`` of an adapter that no pair expresses, which PEFT refuses by that name
 

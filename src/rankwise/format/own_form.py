@@ -12,15 +12,16 @@ from torch import nn
 
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.base_probe import read_probes
+from rankwise.disk import json_bytes, write_files
 from rankwise.errors import BrokenFile, MissingTensor, ShapeMismatch, SpecError, UnexpectedTensor, UnsupportedAdapter
-from rankwise.files import read_json, write_json
+from rankwise.files import read_json
 from rankwise.format.built import BuiltAdapter, base_layer, layer_tensors
 from rankwise.format.names import CONFIG, OWN, TENSORS
 from rankwise.layers.kinds import kind_of
 from rankwise.methods import name_of
 from rankwise.sites import Site, Start, base_modules, variant_generator
 from rankwise.spec import LoRA
-from rankwise.tensor_files import check_fit, read_tensors, write_tensors
+from rankwise.tensor_files import check_fit, read_tensors, tensor_bytes
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import AdapterLayer, Variant
 
@@ -34,19 +35,20 @@ def write_own_form(model: nn.Module, adapter: BuiltAdapter, directory: str | Pat
 
     Raises:
         UnsupportedAdapter: a layer that is built anew would not take the state of the one that was trained.
-        NonFiniteTensor: a tensor holds NaN or infinity. Nothing is written on either error.
+        NonFiniteTensor: a tensor holds NaN or infinity.
+        WriteError: the system refuses. What was there is as it was, on each of these errors.
     """
     folder = Path(directory)
     _check_readable(model, adapter, folder)
     whole = {f"{WHOLE}{key}": tensor for key, tensor in adapter.whole.items()}
-    write_tensors(folder / TENSORS, layer_tensors(adapter.layers) | whole, {})
+    tensors = tensor_bytes(folder / TENSORS, layer_tensors(adapter.layers) | whole)
     content = {
         "peft_type": OWN + name_of(VARIANTS, adapter.spec.variant).upper(),
         "spec": adapter.spec.to_dict(),
         "sites": [asdict(layer.site) for layer in adapter.layers.values()],
         "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
     }
-    write_json(folder / CONFIG, content)
+    write_files(folder, {TENSORS: tensors, CONFIG: json_bytes(content)}, last=CONFIG)
 
 
 def _check_readable(model: nn.Module, adapter: BuiltAdapter, folder: Path) -> None:

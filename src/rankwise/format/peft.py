@@ -18,8 +18,9 @@ from torch import Tensor
 from rankwise.adapter import Adapter, SiteAdapter, one_of_each
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
+from rankwise.disk import json_bytes, write_files
 from rankwise.errors import SpecError, UnsupportedAdapter
-from rankwise.files import read_json, write_json
+from rankwise.files import read_json
 from rankwise.format.configuration import read_extra, relative_start, stated_fields, variant_recorded
 from rankwise.format.layout import SiteReader, StoredSite, by_site, whole_keys
 from rankwise.format.names import CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
@@ -27,7 +28,7 @@ from rankwise.format.selection import stated_selection
 from rankwise.methods import name_of
 from rankwise.scaling import Scaling, declared
 from rankwise.spec import LoRA
-from rankwise.tensor_files import read_tensors, write_tensors
+from rankwise.tensor_files import read_tensors, tensor_bytes
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import PairVariant
 
@@ -39,7 +40,8 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
 
     Raises:
         UnsupportedAdapter: a site has tensors that its variant does not declare, so no reader would know them.
-        NonFiniteTensor: the adapter holds NaN or infinity. Nothing is written on either error.
+        NonFiniteTensor: the adapter holds NaN or infinity.
+        WriteError: the system refuses. What was there is as it was, on each of these errors.
     """
     folder = Path(directory)
     _check_expressible(adapter)
@@ -47,7 +49,6 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     for path, site in adapter.sites.items():
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in _wire(site).items()}
     tensors |= {f"{PREFIX}{key}": tensor for key, tensor in adapter.saved.items()}
-    write_tensors(folder / TENSORS, tensors, {})
     extra = {
         "format_version": FORMAT_VERSION,
         "spec": adapter.spec.to_dict(),
@@ -55,8 +56,12 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
         "base_quantised": adapter.base_quantised,
     }
-    write_json(folder / EXTRA, extra)
-    write_json(folder / CONFIG, _config(adapter))  # last: a directory without it is no adapter
+    contents = {
+        TENSORS: tensor_bytes(folder / TENSORS, tensors),
+        EXTRA: json_bytes(extra),
+        CONFIG: json_bytes(_config(adapter)),
+    }
+    write_files(folder, contents, last=CONFIG)  # without it a directory is no adapter, to PEFT neither
 
 
 def _check_expressible(adapter: Adapter) -> None:

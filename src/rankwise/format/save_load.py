@@ -15,11 +15,11 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
 from rankwise.base_probe import gap, room
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
-from rankwise.files import read_json
+from rankwise.files import read_json, settled
 from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own, relative_start, stated_fields
 from rankwise.format.in_use import resized_layers
-from rankwise.format.names import BASE_COPY, CONFIG, TENSORS
+from rankwise.format.names import BASE_COPY, CONFIG, FILES, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_pairs, write_adapter
 from rankwise.format.relative import change_of_base
@@ -41,13 +41,16 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     """Write an adapter (the active one by default) as a PEFT directory that is exact on the clean base.
 
     An adapter that no pair can express, such as a bottleneck, gets a directory that PEFT refuses by name and only
-    :func:`load` reads. Each file is written whole and renamed into place.
+    :func:`load` reads. Where an adapter lies there already, it is replaced as a whole: whatever stops this leaves the
+    old one, the new one, or one without ``adapter_config.json``, which no engine takes for an adapter and which the
+    next :func:`load` makes the new one.
 
     Raises:
         AttachError: no such adapter, several are active and no name is given, the model is offloaded, or it was changed
             under it, so that it does not use what would be saved.
         UnsupportedAdapter: its variant gives tensors that no reader would know.
         NonFiniteTensor: it holds NaN or infinity.
+        WriteError: the system refuses.
     """
     adapted = Adapted.of(model)
     check_in_memory(adapted.root)
@@ -126,18 +129,22 @@ def load(
     if trainable:
         forbid_repacking(model)
     root, folder = base_root(model), Path(directory)
-    config = read_json(folder / CONFIG)
-    if is_own(config):
-        adapter = read_own_form(root, folder)
-    else:
-        with switched_off(model):  # what a pair is relative to are the pretrained weights
-            adapter = _built(root, read_pairs(folder, config), config, folder)
+    adapter = settled(folder, FILES, lambda: _read(root, folder))
     _check_allowed(adapter.whole, modules_to_save, folder / TENSORS)
     if not allow_other_base:
         _check_base(root, adapter, folder)
     whole = _whole_values(root, adapter, folder / TENSORS)
     Adapted.ensure(model).add(name, adapter.spec, adapter.layers, whole, trainable=trainable)
     return model
+
+
+def _read(model: nn.Module, folder: Path) -> BuiltAdapter:
+    """The adapter in a directory of either form."""
+    config = read_json(folder / CONFIG)
+    if is_own(config):
+        return read_own_form(model, folder)
+    with switched_off(model):  # what a pair is relative to are the pretrained weights
+        return _built(model, read_pairs(folder, config), config, folder)
 
 
 def _built(model: nn.Module, adapter: Adapter, config: Mapping[str, Any], folder: Path) -> BuiltAdapter:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rankwise.errors import BrokenFile, RankwiseError, UnsafeFile
-from rankwise.files import check_stays_inside, is_pickle, read_json, sha256, tensor_entries
+from rankwise.files import check_stays_inside, is_pickle, read_json, settled, sha256, tensor_entries
 from rankwise.format.configuration import (
     is_adalora,
     is_own,
@@ -24,7 +24,7 @@ from rankwise.format.configuration import (
     variant_recorded,
 )
 from rankwise.format.layout import SiteReader, by_site, stray, whole_keys
-from rankwise.format.names import CONFIG, OWN, PREFIX, TENSORS, site_and_suffix
+from rankwise.format.names import CONFIG, FILES, OWN, PREFIX, TENSORS, site_and_suffix
 from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import verdicts
@@ -46,6 +46,10 @@ def inspect(directory: str | Path) -> Inspection:
     folder = Path(directory)
     if not folder.is_dir():
         raise BrokenFile(f"{folder}: no such directory; expected an adapter's, with {CONFIG} in it")
+    return settled(folder, FILES, lambda: _inspect(folder))
+
+
+def _inspect(folder: Path) -> Inspection:
     notes: list[str] = []
     problems = _Problems()
     files = tuple(_files(folder, notes))
@@ -82,7 +86,7 @@ def inspect(directory: str | Path) -> Inspection:
     for entry in entries.values():
         dtypes[entry.dtype] += entry.numbers
     facts = Inspection(
-        str(directory),
+        str(folder),
         files,
         _text(config.get("peft_type")),
         _text(config.get("base_model_name_or_path")),

@@ -12,8 +12,9 @@ from typing import Any
 import jinja2
 
 from rankwise.analysis import Alignment
+from rankwise.disk import write_file
 from rankwise.errors import RecipeError
-from rankwise.files import check_directory_name, write_file
+from rankwise.files import check_directory_name
 from rankwise.report import figures
 from rankwise.report.figures import Panel
 from rankwise.report.history import History

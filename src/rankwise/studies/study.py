@@ -13,8 +13,8 @@ import torch
 import yaml
 from rich.console import Console
 
+from rankwise.disk import write_file
 from rankwise.errors import RecipeError
-from rankwise.files import write_file
 from rankwise.methods import nearest
 from rankwise.report import figures as report_figures
 from rankwise.report.figures import Panel

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
+from rankwise.disk import write_file
 from rankwise.errors import BrokenFile, Diverged
-from rankwise.files import check_directory_name, sha256, write_file
+from rankwise.files import check_directory_name, sha256
 from rankwise.train.recipe import Recipe
 
 T = TypeVar("T")

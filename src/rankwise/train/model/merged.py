@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rankwise as rw
 from rankwise.adapted.merge import MOST_LOST, MergeReport
 from rankwise.errors import BaseMismatch, MergeError
-from rankwise.files import read_json
+from rankwise.files import read_json, settled
+from rankwise.format.names import CONFIG, FILES
 from rankwise.train.data.labels import read_labels
 from rankwise.train.model.pretrained import load_classifier, load_pretrained
 
@@ -121,8 +122,8 @@ def base_of(adapter: Path) -> str:
 
     It may be a path, as after a run here: what is read from there are safetensors and JSON, and no code is run.
     """
-    path = adapter / "adapter_config.json"
-    name = read_json(path).get("base_model_name_or_path")
+    path = adapter / CONFIG
+    name = settled(adapter, FILES, lambda: read_json(path)).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise BaseMismatch(f"{path}: names no base model. Say which one with --base.")
     return name

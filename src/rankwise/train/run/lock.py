@@ -14,8 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from rankwise.disk import write_json
 from rankwise.errors import RunLocked
-from rankwise.files import write_json
 
 _LOCK = ".run.lock"
 _HOLDER = "run-holder.json"

@@ -9,15 +9,15 @@ There is one writer at a time (the caller holds the run's lock), so what lies in
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rankwise.disk import flush_directory, flush_file, write_json
 from rankwise.errors import BrokenFile
-from rankwise.files import read_json, write_json
+from rankwise.files import read_json
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
@@ -159,20 +159,8 @@ def set_aside(run_dir: str | Path, later: list[Path]) -> Path:
     return folder
 
 
-def flush_directory(directory: Path) -> None:
-    """Bring the names in a directory to disk. Windows cannot, and has no need to."""
-    if os.name == "nt":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _flushed_entry(path: Path) -> dict[str, Any]:
-    with path.open("rb+") as stream:  # Windows flushes only what is open for writing
-        os.fsync(stream.fileno())
+    flush_file(path)
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
