@@ -26,6 +26,7 @@ class Fault(NamedTuple):
 
 _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
 _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
+_CHATS, _TOKENS = "unit/test_chat.py", "unit/test_tokens.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
 _MEANING = "parity/test_peft_configurations.py"
 _SECOND = "unit/test_second_derivatives.py"
@@ -116,8 +117,34 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "Chat template without generation marks",
-        "`DataError` says what to add.",
-        (f"{_TINY}::test_chats_without_marks_in_the_template_are_refused",),
+        "The answers are found by rendering with and without them, exactly as marked templates mark them; where a "
+        "template renders an answer otherwise once others follow, `DataError` names the message.",
+        (f"{_CHATS}::test_answers_are_found_in_unmarked_templates",
+         f"{_CHATS}::test_answers_are_those_that_marked_templates_mark",
+         f"{_CHATS}::test_an_answer_that_is_rendered_otherwise_later_is_refused",
+         f"{_TINY}::test_chats_are_trained_on_the_answers_though_the_template_marks_none"),
+    ),
+    Fault(
+        "Tools, calls, template options, system messages or history beside a sample",
+        "They reach the model as they were written; what a template or a form has no place for is a `DataError` with "
+        "file and line, and fields that are not looked at are named.",
+        (f"{_TOKENS}::test_tools_reach_the_model_as_they_were_written",
+         f"{_TOKENS}::test_template_options_reach_the_template", f"{_TOKENS}::test_alpacas_system_and_history",
+         f"{_TOKENS}::test_a_system_field_is_a_system_message", f"{_CHATS}::test_what_a_template_leaves_out_is_refused",
+         f"{_TOKENS}::test_fields_that_are_not_looked_at_are_named"),
+    ),
+    Fault(
+        "A text, prompt or rendered chat that brings BOS or EOS along",
+        "Each stands there once, in training, in `generate` and in the run's samples alike.",
+        (f"{_TOKENS}::test_bos_stands_before_a_text_once", f"{_TOKENS}::test_bos_and_eos_stand_around_a_pair_once",
+         f"{_TOKENS}::test_prompts_are_those_that_were_learnt",
+         f"{_TOKENS}::test_an_answer_is_generated_from_the_prompts_tokens"),
+    ),
+    Fault(
+        "A chat template that raises, or none",
+        "`DataError` with the file, the line and what the template said.",
+        (f"{_CHATS}::test_a_template_that_raises_is_named_with_the_place",
+         f"{_TOKENS}::test_a_refusal_names_the_file_and_line", f"{_CHATS}::test_a_tokenizer_without_a_template"),
     ),
     Fault(
         "pad = eos, the end of a turn never trained",

@@ -16,6 +16,7 @@ from rankwise.cli import app
 from rankwise.errors import CheckpointError, DataError, NoTrainableTokens, RecipeError, TargetError, TrainingError
 from rankwise.train import recipe as recipes
 from rankwise.train.run import run
+from rankwise.train.run.loading import TASKS
 
 SILENT = Console(quiet=True)
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
@@ -195,19 +196,29 @@ def test_the_end_is_trained_where_padding_is_the_same_token(make, tmp_path, tiny
     assert set(trained) == {f"{answer}<eos>" for answer in answers}
 
 
-def test_chats_without_marks_in_the_template_are_refused(make, tmp_path, tiny):
+@pytest.fixture
+def unmarked(tiny, tmp_path) -> str:
+    """The tiny model with a chat template that does not mark the answers."""
     from transformers import AutoTokenizer
 
-    bare = tmp_path / "bare"
-    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(bare)
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "unmarked")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(bare)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer.save_pretrained(tmp_path / "unmarked")
+    return str(tmp_path / "unmarked")
+
+
+@pytest.mark.parametrize(("turns", "learnt"), [("all", "hi<eos>bye<eos>"), ("last", "bye<eos>")])
+def test_chats_are_trained_on_the_answers_though_the_template_marks_none(make, tmp_path, unmarked, turns, learnt):
     path = tmp_path / "chats.jsonl"
-    chat = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    texts = [("user", "hello"), ("assistant", "hi"), ("user", "and now"), ("assistant", "bye")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in texts]}
     path.write_text((json.dumps(chat) + "\n") * 12)
-    with pytest.raises(DataError, match="found one without"):
-        run.prepare(run.load(make(model=str(bare), data=str(path)), SILENT), SILENT)
+    prepared = run.prepare(run.load(make(model=unmarked, data=str(path), trained_turns=turns), SILENT), SILENT)
+    labels = prepared.batches[0]["labels"][0]
+    assert prepared.tokenizer.decode(labels[labels != -100]) == learnt
+    sample = TASKS["causal-lm"].sample(prepared.loaded, prepared.held_out)
+    assert (sample.prompt, sample.reference) == ("<user>hello<assistant>hi<eos><user>and now<assistant>", "bye")
 
 
 def test_labels_all_masked_by_truncation_are_refused(make):

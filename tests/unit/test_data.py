@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl import SFTConfig, SFTTrainer
 
 from rankwise.errors import DataError
 from rankwise.train.data.dataset import load_data
 from rankwise.train.data.formats import FORMATS
 from rankwise.train.data.kjv import HELD_OUT_BOOKS, _verses, kjv_records
-from rankwise.train.data.records import load_records
+from rankwise.train.data.records import read_records
+from rankwise.train.data.tokens import IGNORED, tokenised
 from rankwise.train.recipe import Recipe
 
 CHAT = [{"role": "user", "content": "One and one?"}, {"role": "assistant", "content": "Two."}]
 SAMPLES = {
     "messages": {"messages": CHAT},
+    "sharegpt": {"conversations": [{"from": "human", "value": "One and one?"}, {"from": "gpt", "value": "Two."}]},
     "prompt-completion": {"prompt": "One and one?\n", "completion": "Two."},
     "alpaca": {"instruction": "Add.", "input": "1 1", "output": "2"},
     "classification": {"text": "Good.", "label": 1},
@@ -34,6 +34,11 @@ SAMPLES = {
 def jsonl(path: Path, *records: Any) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def load_records(source: str | Path, **options: Any) -> tuple[str, list[Any]]:
+    records = read_records(str(source), **options)
+    return records.format, [row for _, row in records.rows]
 
 
 def recipe(data: str | Path, **fields: Any) -> Recipe:
@@ -97,22 +102,18 @@ def test_empty_lines_and_byte_order_mark_are_no_records(tmp_path: Path) -> None:
 ANSWERS = {
     "messages": "Two.<|im_end|>",
     "prompt-completion": "Two.<|im_end|>",
+    "sharegpt": "Two.<|im_end|>",
     "alpaca": "2<|im_end|>",
     "text": "One and one is two.<|im_end|>",
 }
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_trl_takes_the_loss_on_the_answer(name: str, tmp_path: Path, smollm2: tuple[Any, Any]) -> None:
+def test_the_loss_is_on_the_answer(name: str, tmp_path: Path, smollm2: tuple[Any, Any]) -> None:
     tokenizer = smollm2[1]
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    data = load_data(recipe(jsonl(tmp_path / "x.jsonl", SAMPLES[name])))
-    args = SFTConfig(str(tmp_path), report_to="none", use_cpu=True, **data.loss)
-    trainer = SFTTrainer(LlamaForCausalLM(config), args, train_dataset=data.train, processing_class=tokenizer)
-    (labels,) = next(iter(trainer.get_train_dataloader()))["labels"]
-    assert tokenizer.decode(labels[labels != -100]) == ANSWERS[name]
+    samples = tokenised(load_data(recipe(jsonl(tmp_path / "x.jsonl", SAMPLES[name]))).train, tokenizer)
+    (labels,) = samples["labels"]
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == ANSWERS[name]
 
 
 # --- bad data ------------------------------------------------------------------------------------------------------
@@ -147,11 +148,48 @@ BAD_FILES = {
     "no messages": (b'{"messages": []}', "messages: expected a list of messages, at least one, found list"),
     "a message without a role": (
         b'{"messages": [{"content": "a"}]}',
-        r"messages\[0\]: expected an object with exactly",
+        r"messages\[0\]: expected an object with \"role\" and \"content\"",
     ),
-    "a message with more": (
-        b'{"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]}',
-        r"messages\[0\]: expected an object with exactly",
+    "a message without content": (
+        b'{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}',
+        r"messages\[0\]\.content: expected a string, found NoneType",
+    ),
+    "a picture in a message": (
+        b'{"messages": [{"role": "user", "content": [{"type": "image", "url": "x.png"}]}]}',
+        r"messages\[0\]\.content\[0\]: expected a part .*only text, found dict",
+    ),
+    "pictures beside messages": (
+        b'{"messages": [{"role": "assistant", "content": "a"}], "images": ["x.png"]}',
+        r"images: found \['x.png'\], which has no place in the messages form",
+    ),
+    "tools beside a text prompt": (
+        b'{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}',
+        r"tools: found .*which needs a prompt that is a list of messages",
+    ),
+    "tools that are no functions": (
+        b'{"messages": [{"role": "assistant", "content": "a"}], "tools": ["clock"]}',
+        r"tools\[0\]: expected a JSON schema of a function",
+    ),
+    "a call without a name": (
+        b'{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"function": {}}]}]}',
+        r"messages\[0\]\.tool_calls\[0\]: expected a call",
+    ),
+    "arguments that are no JSON": (
+        b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}',
+        r"tool_calls\[0\]\.arguments: expected the arguments as a JSON object, found str: '\{'",
+    ),
+    "two system messages": (
+        b'{"system": "a", "messages": [{"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+        "expected one system message",
+    ),
+    "a history of single texts": (
+        b'{"instruction": "a", "output": "b", "history": [["c"]]}',
+        r"history\[0\]: expected a pair \[instruction, answer\], found list: \['c'\]",
+    ),
+    "texts and chats": (
+        b'{"prompt": "a", "completion": "b"}\n{"prompt": [{"role": "user", "content": "a"}], '
+        b'"completion": [{"role": "assistant", "content": "b"}]}',
+        "line 2: prompt: expected a string, as in .*line 1, found messages",
     ),
     "nobody answers": (
         b'{"messages": [{"role": "user", "content": "a"}]}',
@@ -189,11 +227,11 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
         DataError, match=r"kjw: expected an existing .*built-in data set \(kjv, movie-reviews\).*did you mean 'kjv'"
     ):
         load_records("kjw")
-    (tmp_path / "x.csv").touch()
-    with pytest.raises(DataError, match=r"expected a file that ends in \.jsonl or \.parquet, found '\.csv'"):
-        load_records(tmp_path / "x.csv")
+    (tmp_path / "x.pkl.gz").touch()
+    with pytest.raises(DataError, match=r"expected a file that ends in \.jsonl, .*, found '\.pkl\.gz'"):
+        load_records(tmp_path / "x.pkl.gz")
     (tmp_path / "x.parquet").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"x\.parquet: expected a parquet file, found: "):
+    with pytest.raises(DataError, match=r"x\.parquet: expected a file that is whole and what its name says, found: "):
         load_records(tmp_path / "x.parquet")
 
 
@@ -232,7 +270,7 @@ def test_a_subset_follows_the_seed(hundred: Path) -> None:
 
 
 def test_a_split_leaves_something_to_train_on(hundred: Path) -> None:
-    with pytest.raises(DataError, match="eval_split asks for 100 samples, the file has 100"):
+    with pytest.raises(DataError, match="eval_split asks for 100 samples, the data has 100"):
         load_data(recipe(hundred, eval_split=100))
 
 
@@ -275,7 +313,7 @@ def test_kjv_held_out_books_are_unseen() -> None:
 def test_kjv_brings_its_held_out_part() -> None:
     data = load_data(recipe("kjv", max_train_samples=50, max_eval_samples=20))
     assert data.eval is not None
-    assert (len(data.train), len(data.eval), data.loss) == (50, 20, {"completion_only_loss": True})
+    assert (len(data.train), len(data.eval)) == (50, 20)
     held_out = [record["completion"] for record in kjv_records(held_out=True)]
     assert set(data.eval["completion"]) < set(held_out)
     assert not set(data.train["completion"]) & set(held_out)

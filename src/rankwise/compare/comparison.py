@@ -165,7 +165,7 @@ def _page(comparison: Comparison) -> str:
         "Methods, each at its best rate",
         headline={
             "model": Path(recipe.model).name,
-            "data": Path(recipe.data).name,
+            "data": recipe.data_name,
             "arms": str(len(comparison.rows)),
             "seeds": str(comparison.seeds),
         },

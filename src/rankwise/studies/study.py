@@ -175,7 +175,7 @@ def write_outcome(name: str, outcome: Outcome, recipe: Recipe, seeds: int, direc
     write_file(directory / f"{name}.json", (json.dumps(finite(content), indent=1) + "\n").encode())
     html = page(
         study.summary,
-        headline={"study": name, "model": Path(recipe.model).name, "data": Path(recipe.data).name, "seeds": str(seeds)},
+        headline={"study": name, "model": Path(recipe.model).name, "data": recipe.data_name, "seeds": str(seeds)},
         sections=[("Results", outcome.panels)],
         configuration=yaml.safe_dump(fields, sort_keys=False).strip(),
         versions=versions,

@@ -57,11 +57,16 @@ class ModelFields(_Section):
 class DataFields(_Section):
     """Data"""
 
-    data: str = Field(description="Training data: a .jsonl or .parquet file, or kjv, movie-reviews (built in).")
-    data_format: Literal["auto", "messages", "prompt-completion", "text", "alpaca", "classification"] = Field(
-        "auto", description="Shape of the samples; auto reads it off the column names."
+    data: str | list[str] = Field(
+        description="Training data: a file or several (JSON, CSV, parquet ...), or kjv, movie-reviews (built in)."
     )
-    eval_data: str | None = Field(None, description="Held-out data, same kinds as `data`.")
+    data_format: Literal["auto", "messages", "sharegpt", "prompt-completion", "text", "alpaca", "classification"] = (
+        Field("auto", description="Shape of the samples; auto reads it off the column names.")
+    )
+    trained_turns: Literal["all", "last"] = Field(
+        "all", description="Which of the assistant's messages in a conversation are learnt: all, or the last."
+    )
+    eval_data: str | list[str] | None = Field(None, description="Held-out data, same kinds as `data`.")
     eval_split: Share | Positive | None = Field(
         None, description="Without eval_data: the share (0.05) or number (200) of samples to hold out."
     )
@@ -219,6 +224,12 @@ class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, Adapt
                 "from which a search may begin"
             )
         return self.learning_rate
+
+    @property
+    def data_name(self) -> str:
+        """What the training data is called: the names of its files, without their endings."""
+        sources = [self.data] if isinstance(self.data, str) else self.data
+        return ", ".join(Path(source).name.partition(".")[0] for source in sources)
 
     @property
     def memory_budget(self) -> int | None:

@@ -1,12 +1,17 @@
-"""The forms that a record of training data comes in, read off its fields, and each brought into what TRL takes."""
+"""The forms that a record of training data comes in, read off its fields, and each brought into one of four.
+
+A conversation (``messages``, with ``tools``, ``chat_template_kwargs`` and ``given``, the number of messages that are a
+prompt), a ``prompt`` with its ``completion``, a ``text``, or a text with its ``label``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.train.data.messages import MEDIA, conversation, shortened, text_of, turns_of_pairs, wrong_type
 
 Record = dict[str, Any]
 
@@ -17,42 +22,54 @@ class Format:
 
     Attributes:
         fields: the fields that make a record of this form.
-        normalise: (record, where it stands) → the record as TRL takes it.
-        loss: the fields of `SFTConfig` that take the loss where it belongs.
+        normalise: (record, where it stands) → the record as it is tokenised.
+        optional: further fields that it reads.
+        refused: fields that change what a sample means, and have no place in this form.
     """
 
     fields: tuple[str, ...]
     normalise: Callable[[Record, str], Record]
-    loss: Mapping[str, bool] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    refused: tuple[str, ...] = MEDIA
 
 
 def _messages(record: Record, place: str) -> Record:
-    messages = _chat(record["messages"], f"{place}: messages")
-    if all(message["role"] != "assistant" for message in messages):
-        raise DataError(f"{place}: messages: expected at least one message of the assistant to learn from, found none.")
-    return {"messages": messages}
+    return conversation(record, record["messages"], f"{place}: messages", place)
+
+
+def _sharegpt(record: Record, place: str) -> Record:
+    return conversation(record, record["conversations"], f"{place}: conversations", place)
 
 
 def _prompt_completion(record: Record, place: str) -> Record:
-    take = _string if isinstance(record["prompt"], str) else _chat
-    return {key: take(record[key], f"{place}: {key}") for key in ("prompt", "completion")}
+    prompt, completion = record["prompt"], record["completion"]
+    if not isinstance(prompt, str):
+        return conversation(record, prompt, f"{place}: prompt", place, completion)
+    _refuse(record, (*_TEMPLATE, "system"), "needs a prompt that is a list of messages", place)
+    return {"prompt": prompt, "completion": text_of(completion, f"{place}: completion")}
 
 
 def _text(record: Record, place: str) -> Record:
-    return {"text": _string(record["text"], f"{place}: text")}
+    return {"text": text_of(record["text"], f"{place}: text")}
 
 
 def _alpaca(record: Record, place: str) -> Record:
-    """Stanford Alpaca's own prompt."""
-    instruction, answer = (_string(record[key], f"{place}: {key}") for key in ("instruction", "output"))
-    input_text = _string(record.get("input") or "", f"{place}: input")
-    context, input_part = (", paired with an input that provides further context", f"### Input:\n{input_text}\n\n")
-    prompt = (
-        f"Below is an instruction that describes a task{context if input_text else ''}. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n{input_part if input_text else ''}### Response:\n"
+    """Stanford Alpaca's own prompt; ``system`` stands in place of its first sentences, ``history`` before the task."""
+    instruction, answer = (text_of(record[key], f"{place}: {key}") for key in ("instruction", "output"))
+    input_text, system = (text_of(record.get(key) or "", f"{place}: {key}") for key in ("input", "system"))
+    context = ", paired with an input that provides further context" if input_text else ""
+    head = system or (
+        f"Below is an instruction that describes a task{context}. "
+        "Write a response that appropriately completes the request."
     )
-    return {"prompt": prompt, "completion": answer}
+    before = turns_of_pairs(record.get("history") or [], f"{place}: history")
+    tasks = [_task(asked, "") + f"{answered}\n\n" for asked, answered in before] + [_task(instruction, input_text)]
+    return {"prompt": f"{head}\n\n" + "".join(tasks), "completion": answer}
+
+
+def _task(instruction: str, input_text: str) -> str:
+    input_part = f"### Input:\n{input_text}\n\n" if input_text else ""
+    return f"### Instruction:\n{instruction}\n\n{input_part}### Response:\n"
 
 
 def _classification(record: Record, place: str) -> Record:
@@ -61,19 +78,24 @@ def _classification(record: Record, place: str) -> Record:
         raise wrong_type(f"{place}: label", "a whole number or a string", label)
     pair = record.get("text_pair")
     return {
-        "text": _string(record["text"], f"{place}: text"),
-        "text_pair": None if pair is None else _string(pair, f"{place}: text_pair"),
+        "text": text_of(record["text"], f"{place}: text"),
+        "text_pair": None if pair is None else text_of(pair, f"{place}: text_pair"),
         "label": label,
     }
 
 
+_TEMPLATE = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+
 # In the order in which they are looked for: `text` is last, since the others often bring one along.
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), _messages, {"assistant_only_loss": True}),
-    "prompt-completion": Format(("prompt", "completion"), _prompt_completion, {"completion_only_loss": True}),
-    "alpaca": Format(("instruction", "output"), _alpaca, {"completion_only_loss": True}),
-    "classification": Format(("text", "label"), _classification),
-    "text": Format(("text",), _text),
+    "messages": Format(("messages",), _messages, (*_TEMPLATE, "system")),
+    "sharegpt": Format(("conversations",), _sharegpt, (*_TEMPLATE, "system")),
+    "prompt-completion": Format(
+        ("prompt", "completion"), _prompt_completion, (*_TEMPLATE, "system"), (*MEDIA, "history")
+    ),
+    "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system", "history"), (*MEDIA, *_TEMPLATE)),
+    "classification": Format(("text", "label"), _classification, ("text_pair",)),
+    "text": Format(("text",), _text, refused=()),  # it is all there is, whatever it was made of
 }
 
 
@@ -87,20 +109,43 @@ def detect(record: Record, place: str) -> str:
 
 
 def normalised(name: str, record: Record, place: str) -> Record:
-    """A record of a form as TRL takes it."""
+    """A record of a form as it is tokenised.
+
+    Raises:
+        DataError: a field is missing, is of another type, or has a meaning that this form has no place for.
+    """
     form = FORMATS[name]
     if missing := [key for key in form.fields if key not in record]:
         raise DataError(
             f"{place}: expected the fields {', '.join(form.fields)} of the {name} form, found {fields_of(record)}: "
             f"{', '.join(missing)} is missing."
         )
+    _refuse(record, form.refused, f"has no place in the {name} form", place)
     return form.normalise(record, place)
+
+
+def unread_fields(name: str, record: Record) -> list[str]:
+    """The fields that a form does not look at, such as a number or a source."""
+    return [key for key in record if key not in FORMATS[name].fields + FORMATS[name].optional]
+
+
+def _refuse(record: Record, names: tuple[str, ...], why: str, place: str) -> None:
+    """Refuse what would be dropped though it changes what a sample means; an empty field has no meaning."""
+    for name in names:
+        if record.get(name):
+            raise DataError(
+                f"{place}: {name}: found {shortened(record[name])}, which {why}: expected a sample that loses nothing. "
+                "Bring it into the messages form, or take the field out."
+            )
 
 
 def same_types(first: Record, record: Record, first_place: str, place: str) -> None:
     """A field is of one type throughout: text or a chat, numbered or named labels."""
-    for key, value in record.items():
-        expected, actual = (_TYPES[type(item)] for item in (first[key], value))
+    if first.keys() != record.keys():
+        kinds = ["messages" if "messages" in each else "a string" for each in (first, record)]
+        raise DataError(f"{place}: prompt: expected {kinds[0]}, as in {first_place}, found {kinds[1]}.")
+    for key in record.keys() - {*_TEMPLATE, "given"}:
+        expected, actual = (_TYPES[type(item)] for item in (first[key], record[key]))
         if actual != expected:
             raise DataError(f"{place}: {key}: expected {expected}, as in {first_place}, found {actual}.")
 
@@ -113,35 +158,6 @@ _TYPES: dict[type, str] = {
 }
 
 
-def _chat(value: Any, place: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise wrong_type(place, "a list of messages, at least one", value)
-    return [_message(message, f"{place}[{index}]") for index, message in enumerate(value)]
-
-
-def _message(value: Any, place: str) -> dict[str, str]:
-    if not isinstance(value, dict) or set(value) != {"role", "content"}:
-        raise wrong_type(place, 'an object with exactly "role" and "content"', value)
-    return {key: _string(value[key], f"{place}.{key}") for key in ("role", "content")}
-
-
-def _string(value: Any, place: str) -> str:
-    if not isinstance(value, str):
-        raise wrong_type(place, "a string", value)
-    return value
-
-
-def wrong_type(place: str, expected: str, value: Any) -> DataError:
-    """The error for a value of another type."""
-    return DataError(f"{place}: expected {expected}, found {type(value).__name__}: {shortened(value)}.")
-
-
-def fields_of(record: Record) -> str:
+def fields_of(record: Mapping[str, Any]) -> str:
     """A record's fields, for a message."""
     return ", ".join(record) or "(none)"
-
-
-def shortened(value: Any) -> str:
-    """A value, for a message."""
-    text = repr(value.strip() if isinstance(value, str) else value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -12,48 +12,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
 from rankwise.errors import DataError, NoTrainableTokens, TargetError
+from rankwise.train.data.tokens import IGNORED, ROW
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from rankwise.train.data.dataset import Data
 
-ROW = "rankwise_row"
-_IGNORED = -100
-
-
-def numbered(dataset: Dataset) -> Dataset:
-    """The data set with each sample's number, so that the samples dropped on the way can be named."""
-    return dataset.add_column(ROW, list(range(1, len(dataset) + 1)))
-
 
 def check_form(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The samples must be of a form with text to learn, and chats need a template that marks the answers."""
+    """The samples must be of a form with text to learn, and the tokenizer one that can say where it ends."""
     if data.format == "classification":
         raise DataError(
             "the data has the classification form (fields text, label), the recipe's task is causal-lm: expected text, "
             "prompt/completion or messages. Set task: classification, or bring the samples into one of these."
         )
-    if data.loss.get("assistant_only_loss"):
-        _check_template(tokenizer)
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-
-    template = tokenizer.chat_template
-    if template is not None and has_generation_markers(template):
-        return
-    try:
-        # TRL knows marked versions of the common families' templates and puts them in.
-        get_training_chat_template(tokenizer)
-    except (ValueError, TypeError) as error:
-        present = "none" if template is None else "one without"
+    if tokenizer.eos_token_id is None:
         raise DataError(
-            "messages: expected a chat template whose {% generation %} marks say which tokens the assistant wrote, "
-            f"found {present} ({error}). Add the marks to the tokenizer's chat_template, or bring the data into the "
-            "prompt/completion form."
-        ) from None
+            "the tokenizer: expected an eos_token, with which answers and texts end, found none: the model would never "
+            "learn to stop. Set eos_token in its tokenizer_config.json."
+        )
+    if not tokenizer.is_fast:
+        raise DataError(
+            "the tokenizer: expected one that says which characters a token stands for, found "
+            f"{type(tokenizer).__name__}, which does not. Save it with a tokenizer.json (a fast tokenizer)."
+        )
 
 
 def check_labels(
@@ -67,8 +50,8 @@ def check_labels(
         NoTrainableTokens: none has.
     """
     rows, labels = prepared[ROW], prepared["labels"]
-    trained = {row for row, sample in zip(rows, labels, strict=True) if any(label != _IGNORED for label in sample)}
-    lost = [row for row in given[ROW] if row not in trained]
+    trained = {row for row, sample in zip(rows, labels, strict=True) if any(label != IGNORED for label in sample)}
+    lost = [row for row in range(1, len(given) + 1) if row not in trained]
     if not lost:
         return []
     cause = _cause(given[lost[0] - 1], tokenizer, max_length)
@@ -114,7 +97,7 @@ def data_facts(prepared: Dataset, ends: Collection[int], max_length: int | None)
     lengths, trained, ended = [], 0, 0
     for labels in prepared["labels"]:
         lengths.append(len(labels))
-        trained += sum(label != _IGNORED for label in labels)
+        trained += sum(label != IGNORED for label in labels)
         ended += any(label in ends for label in labels)
     full = 0 if max_length is None else sum(length >= max_length for length in lengths)
     return DataFacts(len(lengths), sum(lengths), trained, max(lengths, default=0), full, ended)
@@ -176,7 +159,7 @@ def decoded(prepared: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -
 
 
 def _pieces(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    groups = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != _IGNORED)
+    groups = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORED)
     return [(str(tokenizer.decode([token for token, _ in members])), trained) for trained, members in groups]
 
 

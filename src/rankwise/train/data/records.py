@@ -1,134 +1,84 @@
-"""A JSONL or parquet file, or a built-in data set → records of one form.
+"""Files, or a built-in data set → records of one form.
 
 The form is read off the fields of the first record; every other record must have the same.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-
-import pyarrow
-from pyarrow import parquet
+from dataclasses import dataclass
+from itertools import chain
 
 from rankwise.errors import DataError
 from rankwise.methods import nearest
-from rankwise.train.data.formats import (
-    FORMATS,
-    Record,
-    detect,
-    fields_of,
-    normalised,
-    same_types,
-    shortened,
-    wrong_type,
-)
+from rankwise.train.data.files import Placed, read_file
+from rankwise.train.data.formats import FORMATS, Record, detect, fields_of, normalised, same_types, unread_fields
 from rankwise.train.data.kjv import kjv_records
 from rankwise.train.data.movie_reviews import movie_review_records
 
+BUILT_IN: dict[str, Callable[..., list[Record]]] = {"kjv": kjv_records, "movie-reviews": movie_review_records}
 
-def load_records(source: str | Path, *, data_format: str = "auto", held_out: bool = False) -> tuple[str, list[Record]]:
-    """Read a file or a built-in data set.
+
+@dataclass(frozen=True)
+class Records:
+    """Records of one form.
+
+    Attributes:
+        format: its name in `FORMATS`.
+        unread: fields of the first one that its form does not look at.
+        rows: (where it stands, record as it is tokenised) of each, read when asked for, and once.
+    """
+
+    format: str
+    unread: tuple[str, ...]
+    rows: Iterator[Placed]
+
+
+def read_records(source: str | list[str], *, data_format: str = "auto", held_out: bool = False) -> Records:
+    """Read files or a built-in data set, one record at a time.
 
     Args:
-        source: a name from `BUILT_IN`, or a path that ends in .jsonl or .parquet.
+        source: a name from `BUILT_IN`, a path, or several.
         data_format: a name from `FORMATS`, or `"auto"`.
-        held_out: of a built-in data set, the held-out part. A file has one part.
+        held_out: the held-out part of what has several: a built-in data set, or splits that were saved together.
 
-    Returns:
-        The format's name, and the records in the form that TRL takes.
+    Raises:
+        DataError: no such source, or no record in it; while reading, a record that is not of the form of the others.
     """
     if data_format != "auto" and data_format not in FORMATS:
         raise DataError(
             f"data_format: expected auto or one of {', '.join(FORMATS)}, found {data_format!r}"
             f"{nearest(data_format, FORMATS)}."
         )
-    name = None if data_format == "auto" else data_format
-    records: list[Record] = []
-    first = ""
-    for place, record in _read(source, held_out):
-        first = first or place
-        form = detect(record, place) if data_format == "auto" else data_format
-        name = name or form
-        if form != name:
+    sources = [source] if isinstance(source, str) else source
+    rows = chain.from_iterable([_read(name, held_out) for name in sources])
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{', '.join(sources)}: expected at least one record, found none: the file is empty.")
+    place, record = first
+    name = detect(record, place) if data_format == "auto" else data_format
+    alike = _alike(name, chain([first], rows), detected=data_format == "auto")
+    return Records(name, tuple(unread_fields(name, record)), alike)
+
+
+def _alike(name: str, rows: Iterable[Placed], *, detected: bool) -> Iterator[Placed]:
+    first: Placed | None = None
+    for place, record in rows:
+        form = detect(record, place) if detected else name
+        if first is not None and form != name:
             raise DataError(
-                f"{place}: expected the {name} form, as in {first}, found the {form} form (fields: "
+                f"{place}: expected the {name} form, as in {first[0]}, found the {form} form (fields: "
                 f"{fields_of(record)}). One file holds one form: split it, or bring its records into one."
             )
-        records.append(normalised(name, record, place))
-        same_types(records[0], records[-1], first, place)
-    if name is None or not records:
-        raise DataError(f"{source}: expected at least one record, found none: the file is empty.")
-    return name, records
+        row = normalised(name, record, place)
+        first = first or (place, row)
+        same_types(first[1], row, first[0], place)
+        yield place, row
 
 
-BUILT_IN: dict[str, Callable[..., list[Record]]] = {"kjv": kjv_records, "movie-reviews": movie_review_records}
-
-
-def _read(source: str | Path, held_out: bool) -> Iterator[tuple[str, Record]]:
+def _read(source: str, held_out: bool) -> Iterator[Placed]:
     """(where it stands, record) of each record."""
-    if str(source) in BUILT_IN:
-        return _numbered(str(source), BUILT_IN[str(source)](held_out=held_out))
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(
-            f"{source}: expected an existing .jsonl or .parquet file or a built-in data set ({', '.join(BUILT_IN)}), "
-            f"found no such file{nearest(str(source), BUILT_IN)}."
-        )
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{path}: expected a file that ends in {' or '.join(_READERS)}, found {path.suffix!r}.")
-    return reader(path)
-
-
-def _numbered(name: str, records: Iterable[Record]) -> Iterator[tuple[str, Record]]:
-    return ((f"{name}, record {number}", record) for number, record in enumerate(records, 1))
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():  # an empty line holds no record; the numbers count it
-                place = f"{path}, line {number}"
-                yield place, _parse(line, place)
-
-
-def _parse(line: bytes, place: str) -> Record:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place}: expected UTF-8, found the byte {line[error.start]:#04x}. Re-encode the file."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{place}: expected one JSON object, found {shortened(line.decode())}: {error.msg} at column {error.colno}."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: expected one JSON object of ordinary size, found {shortened(line.decode())}: {error}"
-        ) from None
-    if not isinstance(record, dict):
-        raise wrong_type(place, "a JSON object with named fields", record)
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: expected text, found half of a surrogate pair ({error}); re-encode the file"
-        ) from None
-    return record
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        records: list[Record] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: expected a parquet file, found: {error}") from error
-    return _numbered(str(path), records)
-
-
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Record]]]] = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+    if source in BUILT_IN:
+        records = BUILT_IN[source](held_out=held_out)
+        return ((f"{source}, record {number}", record) for number, record in enumerate(records, 1))
+    return read_file(source, held_out=held_out, others=BUILT_IN)

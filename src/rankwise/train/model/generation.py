@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
 from rankwise.errors import RecipeError, UnsupportedAdapter
+from rankwise.train.data.chat import Conversation
 from rankwise.train.data.labels import read_labels
+from rankwise.train.data.tokens import Prompt, prompt_ids
 from rankwise.train.model.merged import base_of
 from rankwise.train.model.pretrained import load_pretrained
-
-Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Sample:
 def before_and_after(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_new_tokens: int = 64
 ) -> Sample:
-    """Greedy answers without and with the adapter; a list of messages goes through the chat template."""
-    text = _as_text(tokenizer, prompt)
+    """Greedy answers without and with the adapter; a conversation goes through the chat template."""
+    text, ids = prompt_ids(tokenizer, prompt)
     if not text:
         raise RecipeError("prompt: expected some text to continue, found none")
     with rw.disabled(model):
-        before = generate(model, tokenizer, text, max_new_tokens)
-    return Sample(text, before, generate(model, tokenizer, text, max_new_tokens))
+        before = generate(model, tokenizer, ids, max_new_tokens)
+    return Sample(text, before, generate(model, tokenizer, ids, max_new_tokens))
 
 
 def answer(adapter: Path, base: str | None, prompt: str, *, chat: bool = False, max_new_tokens: int = 64) -> Sample:
@@ -45,7 +45,7 @@ def answer(adapter: Path, base: str | None, prompt: str, *, chat: bool = False, 
     refuse_classifier(adapter)
     model, tokenizer = load_pretrained(base or base_of(adapter))
     rw.load(model, adapter)
-    asked: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
+    asked = Conversation([{"role": "user", "content": prompt}]) if chat else prompt
     return before_and_after(model, tokenizer, asked, max_new_tokens)
 
 
@@ -64,14 +64,17 @@ def refuse_classifier(adapter: Path) -> None:
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_new_tokens: int = 64) -> str:
-    """Continue `text` greedily: the same answer every time."""
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int = 64
+) -> str:
+    """Continue a prompt's tokens greedily: the same answer every time."""
     training = model.training
     model.eval()
     try:
-        inputs = tokenizer(text, return_tensors="pt").to(model.device)
+        inputs = torch.tensor([ids], device=model.device)
         output = model.generate(
-            **inputs,
+            inputs,
+            attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             use_cache=True,
@@ -79,11 +82,5 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: s
         )
     finally:
         model.train(training)
-    answer = output[0, inputs["input_ids"].shape[1] :]
+    answer = output[0, len(ids) :]
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-
-
-def _as_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))

@@ -108,7 +108,7 @@ def train(recipe: Recipe, console: Console) -> Result:
 
 def title_of(recipe: Recipe) -> str:
     """What a run is called on its card and curve."""
-    return f"{Path(recipe.model).name} on {Path(recipe.data).stem}"
+    return f"{Path(recipe.model).name} on {recipe.data_name}"
 
 
 def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import rankwise as rw
 from rankwise.train.data import preflight
+from rankwise.train.data.chat import Conversation, texts_of
+from rankwise.train.data.tokens import tokenised
 from rankwise.train.model.generation import Sample, before_and_after
 from rankwise.train.model.pretrained import load_pretrained
 from rankwise.train.recipe import Recipe, TrainingFields
@@ -41,25 +43,25 @@ class CausalLM(Task):
         from rankwise.train.trainer.trainer import LanguageTrainer, sft_config
 
         recipe, tokenizer = loaded.recipe, loaded.tokenizer
-        train = preflight.numbered(data.train)
-        held_out = None if data.eval is None else preflight.numbered(data.eval)
         trainer = LanguageTrainer(
             model=loaded.model,
             args=sft_config(
-                recipe.section(TrainingFields) | data.loss,
+                recipe.section(TrainingFields),
                 max_length=recipe.max_length,
                 seed=recipe.seed,
-                has_eval=held_out is not None,
+                has_eval=data.eval is not None,
             ),
-            train_dataset=train,
-            eval_dataset=held_out,
+            train_dataset=tokenised(data.train, tokenizer, recipe.trained_turns),
+            eval_dataset=None if data.eval is None else tokenised(data.eval, tokenizer, recipe.trained_turns),
             processing_class=tokenizer,
             callbacks=[bar],
             recipe=recipe,
         )
-        warnings = preflight.check_labels(trainer.train_dataset, train, "training", tokenizer, recipe.max_length)
-        if held_out is not None:
-            warnings += preflight.check_labels(trainer.eval_dataset, held_out, "held-out", tokenizer, recipe.max_length)
+        warnings = preflight.check_labels(trainer.train_dataset, data.train, "training", tokenizer, recipe.max_length)
+        if data.eval is not None:
+            warnings += preflight.check_labels(
+                trainer.eval_dataset, data.eval, "held-out", tokenizer, recipe.max_length
+            )
         return trainer, warnings
 
     def summary(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> DataSummary:
@@ -74,15 +76,22 @@ class CausalLM(Task):
             "cut at max_length": f"{facts.full} samples" if longest is not None else "no limit",
             "trained end token": f"in {facts.ends} samples",
         }
+        if data.unread:
+            shown["fields not used"] = ", ".join(data.unread)
         return DataSummary(shown, preflight.decoded(trainer.train_dataset, tokenizer, 3), warnings)
 
     def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
-        """The first held-out prompt; none where there are no prompts."""
-        if held_out is None or "prompt" not in held_out.column_names:
+        """The first held-out prompt, or what a conversation's last answer answers; none of running text."""
+        if held_out is None or "text" in held_out.column_names:
             return None
         row = held_out[0]
-        sample = before_and_after(loaded.model, loaded.tokenizer, row["prompt"])
-        return replace(sample, reference=row["completion"]) if isinstance(row["completion"], str) else sample
+        if "prompt" in row:
+            prompt, reference = row["prompt"], row["completion"]
+        else:
+            conversation = Conversation.of(row)
+            turn = conversation.turns[-1] if conversation.given is None else conversation.given
+            prompt, reference = conversation.until(turn), "".join(texts_of(conversation.messages[turn])) or None
+        return replace(before_and_after(loaded.model, loaded.tokenizer, prompt), reference=reference)
 
     def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         return {}

@@ -16,7 +16,7 @@ import rankwise as rw
 from rankwise.errors import DataError, RecipeError
 from rankwise.report.history import points
 from rankwise.train.data.labels import save_labels
-from rankwise.train.data.records import load_records
+from rankwise.train.data.records import read_records
 from rankwise.train.model.generation import Sample
 from rankwise.train.model.pretrained import load_classifier
 from rankwise.train.recipe import Recipe, TrainingFields
@@ -37,8 +37,8 @@ class Classification(Task):
     loss_unit = "nats"
 
     def load(self, recipe: Recipe) -> Loaded:
-        name, records = load_records(recipe.data, data_format=recipe.data_format)
-        _check_form(name)
+        records = read_records(recipe.data, data_format=recipe.data_format)
+        _check_form(records.format)
         if recipe.quantization != "none":
             raise RecipeError(
                 f"`quantization`: expected none with task classification, found {recipe.quantization}: its new "
@@ -46,7 +46,7 @@ class Classification(Task):
             )
         model, tokenizer, head = load_classifier(
             recipe.model,
-            _label_names(records, recipe.data),
+            _label_names({row["label"] for _, row in records.rows}, recipe.data_name),
             dtype=recipe.dtype,
             seed=recipe.seed,
         )
@@ -126,9 +126,11 @@ def _check_form(data_format: str) -> None:
         )
 
 
-def _label_names(records: list[dict[str, Any]], source: str) -> list[str]:
-    """The labels in order: numbers by value, names by alphabet."""
-    labels = [str(label) for label in sorted({record["label"] for record in records})]
+def _label_names(found: set[int | str], source: str) -> list[str]:
+    """The labels in order: numbers by value, though a table holds them as text, names by alphabet."""
+    labels = sorted(map(str, found))
+    if all(label.removeprefix("-").isdecimal() for label in labels):
+        labels.sort(key=int)
     if len(labels) < 2:
         raise DataError(
             f"{source}: expected samples of two labels at least, found only the label {', '.join(labels)}: there is "

@@ -20,7 +20,7 @@ from rankwise.train.recipe import Recipe
 # Fields that do not change the steps that are taken. Where the data come from is among them, as it is the tokens that
 # are compared; evaluations are, as they draw no random numbers of the run.
 _MAY_CHANGE = {
-    "data", "data_format", "max_train_samples", "max_length",
+    "data", "data_format", "trained_turns", "max_train_samples", "max_length",
     "eval_data", "eval_split", "max_eval_samples", "per_device_eval_batch_size", "eval_steps",
     "init_memory", "init_cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to",
     "resume_from_checkpoint", "resume_anyway", "dataloader_num_workers", "alignment_steps", "rate_probe_steps",

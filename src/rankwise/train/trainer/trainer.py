@@ -24,7 +24,7 @@ from rankwise.errors import CheckpointError, Diverged, OutOfMemory, RecipeError
 from rankwise.format.state import load_state, save_state
 from rankwise.optim.choice import GroupsChoice
 from rankwise.optim.lora_plus import AdamWChoice
-from rankwise.train.data.preflight import ROW
+from rankwise.train.data.tokens import ROW
 from rankwise.train.recipe import Recipe
 from rankwise.train.trainer import checkpoints, exact_resume
 from rankwise.train.trainer.optimizer_choice import optimizer_of
