@@ -31,6 +31,7 @@ _MEANING = "parity/test_peft_configurations.py"
 _SECOND = "unit/test_second_derivatives.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
+_YAML = "unit/test_yaml_text.py"
 _BASES = "unit/test_hostile_bases.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -242,6 +243,13 @@ FAULTS: tuple[Fault, ...] = (
          f"{_BASES}::test_a_configuration_that_names_other_weights",
          f"{_BASES}::test_a_configuration_that_names_code_on_the_hub",
          f"{_BASES}::test_spoilt_files_end_in_a_named_error_or_are_not_used", f"{_BASES}::test_what_is_no_file"),
+    ),
+    Fault(
+        "YAML with bombs of aliases, huge numbers, deep nesting, dates and tags that are none; a recipe that is a "
+        "pipe, a device or in another encoding; values that no file or name can hold",
+        "`RecipeError` within a second.",
+        (f"{_YAML}::test_what_cannot_be_read_is_a_named_error", f"{_YAML}::test_files_that_are_none",
+         f"{_YAML}::test_values_that_no_run_can_have", f"{_YAML}::test_aliases_that_are_meant_are_read"),
     ),
 )  # fmt: skip
 
