@@ -34,6 +34,7 @@ _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocab
 _MERGED = "end_to_end/test_merged_directory.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
+_YAML = "unit/test_yaml_text.py"
 _BASES = "unit/test_hostile_bases.py"
 _DISK, _POWER = "unit/test_disk.py", "unit/test_power_loss.py"
 
@@ -309,6 +310,13 @@ FAULTS: tuple[Fault, ...] = (
         (f"{_VOCABULARY}::test_a_vocabulary_resized_under_the_adapter_is_saved_with_it",
          f"{_VOCABULARY}::test_what_the_model_does_not_use_is_not_saved",
          f"{_VOCABULARY}::test_a_copy_that_was_tied_away_can_be_put_back"),
+    ),
+    Fault(
+        "YAML with bombs of aliases, huge numbers, deep nesting, dates and tags that are none; a recipe that is a "
+        "pipe, a device or in another encoding; values that no file or name can hold",
+        "`RecipeError` within a second.",
+        (f"{_YAML}::test_what_cannot_be_read_is_a_named_error", f"{_YAML}::test_files_that_are_none",
+         f"{_YAML}::test_values_that_no_run_can_have", f"{_YAML}::test_aliases_that_are_meant_are_read"),
     ),
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ from rankwise.methods import nearest
 from rankwise.optim import OPTIMIZERS
 from rankwise.train import recipe as recipes
 from rankwise.train.recipe import AdapterFields, OptimizerFields, Recipe, StartFields
+from rankwise.train.yaml_text import read_yaml
 from rankwise.trials.full import FULL
 
 Changes = Mapping[str, Any]
@@ -170,7 +171,7 @@ def read_arms(recipe: Recipe, path: Path) -> list[Arm]:
     Raises:
         RecipeError: it cannot be read, or an arm cannot be.
     """
-    table = recipes.read_yaml(path, "An arm is a line such as `DoRA: {variant: dora}`.")
+    table = read_yaml(path, "An arm is a line such as `DoRA: {variant: dora}`.")
     for name, changes in table.items():
         if not isinstance(changes, Mapping):
             raise RecipeError(f"{path}: arm {name!r}: expected `field: value` lines, {{}} for none, found {changes!r}")

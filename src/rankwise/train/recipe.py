@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import reduce
 from operator import or_
@@ -18,25 +18,45 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from rankwise.errors import RecipeError, SpecError
 from rankwise.methods import row
 from rankwise.optim import OPTIMIZERS
 from rankwise.spec import METHOD_FIELDS, LoRA, checked, plain_fields
+from rankwise.train.yaml_text import parse_yaml, read_yaml
 
 # A method is a name from its table, or that name and its options: {name: lora-ga, gamma: 16}.
 Method = str | dict[str, Any]
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all that a value holds can be written to files and be a file's name."""
+    if isinstance(value, Mapping):
+        return all(_is_text(part) for pair in value.items() for part in pair)
+    return (
+        all(map(_is_text, value)) if isinstance(value, list) else not (isinstance(value, str) and _STRAY.search(value))
+    )
+
+
+_STRAY = re.compile("[\0\ud800-\udfff]")  # the second: halves of surrogate pairs
 
 
 class _Section(BaseModel):
     """A group of fields. Strict: a wrong type is an error, never a guess."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if not _is_text(value):
+            raise ValueError("text in UTF-8 without zero bytes")
+        return value
 
 
 class ModelFields(_Section):
@@ -80,7 +100,7 @@ def _recipe_type(name: str, annotation: Any) -> Any:
     if name in METHOD_FIELDS:
         return Method
     if name == "seed":
-        return Annotated[int, Field(ge=0)]  # it seeds libraries too that take no other
+        return Annotated[int, Field(ge=0, lt=2**32)]  # it seeds libraries too that take no other
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is UnionType:
         return reduce(or_, (_recipe_type("", argument) for argument in arguments))
@@ -280,53 +300,13 @@ def flag_value(name: str, text: str) -> Any:
     if Recipe.model_fields[name].annotation is str:
         return text
     try:
-        return yaml.load(text, _Loader)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         flag = "--" + name.replace("_", "-")
         raise RecipeError(f"{flag}: expected a YAML value, found {text!r} ({_first_line(error)}).") from None
 
 
 _SHORTEST = "The shortest recipe has two lines: `model: smollm2-135m` and `data: kjv`."
-
-
-def read_yaml(path: Path, advice: str) -> dict[str, Any]:
-    """A file's mapping.
-
-    Args:
-        advice: what such a file looks like, for whoever wrote another.
-
-    Raises:
-        RecipeError: it cannot be read, or is no mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: expected a readable YAML file, found: {error}.") from None
-    try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: expected YAML, found: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: expected `field: value` lines, found {_describe(values)}. {advice}")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice and reads 2e-4 as a number (YAML 1.1 reads it as text)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [node.value[i][0] for i, key in enumerate(keys) if key in keys[:i]]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice[0].value!r} is given twice; keep one", twice[0].start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def _problems(error: ValidationError, sources: Mapping[str, str], source: str) -> list[str]:
@@ -371,7 +351,7 @@ def _nearest(name: str) -> str:
 
 
 def _describe(value: object) -> str:
-    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+    return "nothing" if value is None else f"{value!r:.200} ({type(value).__name__})"
 
 
 def _first_line(error: Exception) -> str:
