@@ -21,7 +21,7 @@ LAYERS = (
     ("adapted",),
     ("pair", "evidence", "format"),
     ("inspection", "attaching", "squeezing"),
-    ("optim", "analysis"),
+    ("optim", "analysis", "reshaping"),
     ("report",),
     ("train",),
     ("trials",),
