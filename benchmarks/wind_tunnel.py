@@ -33,6 +33,7 @@ import rankwise as rw
 from rankwise.methods import resolve
 from rankwise.optim import OPTIMIZERS
 from rankwise.optim.spectral import Spectral
+from rankwise.reshaping import restart
 
 RESULTS = Path(__file__).parent / "results" / "wind_tunnel.json"
 BUILD = Path(__file__).parents[1] / "build"
@@ -213,12 +214,14 @@ class Method:
         optimizer: (model, rate) → optimizer. rate: where its ladder of factors of two begins.
         adapter: options of rw.LoRA; None for full fine-tuning.
         ranks: what is run by default.
+        restart_every: steps after which the pairs start anew on top of what they learnt, as in a recipe.
     """
 
     optimizer: Build
     rate: float
     adapter: dict[str, Any] | None = field(default_factory=dict)
     ranks: tuple[int, ...] = (4,)
+    restart_every: int | None = None
 
 
 ALL_RANKS = (1, 4, 16, 64)
@@ -246,10 +249,19 @@ METHODS = {
     "spectral, unit norm": Method(spectral_in("norm"), 0.05),
     "spectral, unit elements": Method(spectral_in("elements"), 0.015),
     "spectral from lora-ga": Method(from_table("spectral"), 0.1, LORA_GA),
+    "lora, betas 0.8 0.99, restarts": Method(adamw(betas=QUICK), 1e-2, restart_every=20),
+    "lora-ga, restarts": Method(adamw(), 2e-3, LORA_GA, restart_every=20),
+    "spectral, restarts": Method(from_table("spectral"), 0.2, restart_every=20),
 }
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
+
+
+def forget_moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    for pair in rw.pairs(model):
+        for parameter in pair.parameters:
+            optimizer.state.pop(parameter, None)
 
 
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, window: Tensor, share: float) -> float:
@@ -289,20 +301,38 @@ class Tunnel:
         return run
 
     def _losses(self, method: Method, rank: int, rate: float, seed: int, steps: int) -> dict[str, float]:
-        model, generator = ByteModel(), torch.Generator().manual_seed(seed)
-        model.load_state_dict(self.weights)
-        if method.adapter is not None:
-            first = [windows(self.texts["train"], BATCH, generator) for _ in range(8)]
-            needs = {"batches": first, "loss": loss_of} if method.adapter.get("init") == "lora-ga" else {}
-            rw.attach(model, rw.LoRA(rank=rank, seed=seed, **method.adapter), **needs)
-        generator.manual_seed(seed)
+        model, generator = self.started(method, rank, seed)
         optimizer = method.optimizer(model, rate)
         for step in range(steps):
             loss = descend(model, optimizer, windows(self.texts["train"], BATCH, generator), 1 - step / steps)
             if not loss < 20:
                 return {"validation": math.inf, "test": math.inf}
-        with torch.no_grad():
-            return {part: round(loss_of(model, window).item(), 4) for part, window in self.held_out.items()}
+            done = step + 1
+            if method.restart_every is not None and done % method.restart_every == 0 and done < steps:
+                optimizer.zero_grad()
+                restart(model, self.batches_to_come(generator), loss_of, seed=seed + 1000 * done)
+                forget_moments(optimizer, model)
+        return self.judged(model)
+
+    def started(self, method: Method, rank: int, seed: int) -> tuple[ByteModel, torch.Generator]:
+        """The pre-trained model with the method's adapter, and what draws its training batches."""
+        model, generator = ByteModel(), torch.Generator().manual_seed(seed)
+        model.load_state_dict(self.weights)
+        if method.adapter is not None:
+            needs = {"batches": self.batches_to_come(generator), "loss": loss_of}
+            rw.attach(model, rw.LoRA(rank=rank, seed=seed, **method.adapter), **needs)
+        return model, generator
+
+    def batches_to_come(self, generator: torch.Generator) -> list[Tensor]:
+        """The next eight training batches, which the generator will give again."""
+        same = torch.Generator()
+        same.set_state(generator.get_state())
+        return [windows(self.texts["train"], BATCH, same) for _ in range(8)]
+
+    @torch.no_grad()
+    def judged(self, model: nn.Module) -> dict[str, float]:
+        """The loss on each held-out part."""
+        return {part: round(loss_of(model, window).item(), 4) for part, window in self.held_out.items()}
 
     def best_rate(self, name: str, method: Method, rank: int) -> float:
         """The rate with the lowest validation loss on seed 0, with a worse one on either side."""

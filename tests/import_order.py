@@ -21,7 +21,7 @@ LAYERS = (
     ("adapted", "combinations"),
     ("pair", "evidence", "format"),
     ("inspection", "attaching", "squeezing", "combining", "extracting"),
-    ("optim", "analysis"),
+    ("optim", "analysis", "reshaping"),
     ("report",),
     ("train",),
     ("trials",),

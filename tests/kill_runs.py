@@ -37,12 +37,16 @@ from rankwise.train.trainer.trainer import AdapterTrainer
 
 SILENT = Console(quiet=True)
 STEPS = 8
-# With dropout and accumulated batches, so that data position and random numbers count; a non-zero start; AdaLoRA.
+# With dropout and accumulated batches, so that data position and random numbers count; a non-zero start; AdaLoRA; pairs
+# that start anew and are squeezed on the way.
 RECIPES: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.1, "gradient_accumulation_steps": 2},
     "lora-ga": {"init": "lora-ga", "init_batches": 2, "save_total_limit": 2, "dropout": 0.1},
     "adalora": {"variant": {"name": "adalora", "delta_t": 2}, "dropout": 0.1},
-}
+    "reshaped": {
+        "restart_every": 2, "ship_rank": 2, "ship_steps": 3, "init": "lora-ga", "init_batches": 2, "dropout": 0.1
+    },
+}  # fmt: skip
 # All that a resumed run reads. The rest holds times, or is made of these.
 COMPARED = (
     "rankwise_state.safetensors",

@@ -151,6 +151,24 @@ class StartFields(_Section):
     )
 
 
+class ReshapingFields(_Section):
+    """Ranks over a run"""
+
+    restart_every: Positive | None = Field(
+        None, description="Steps after which what was learnt is kept as it is and the pairs start anew on top."
+    )
+    restart_rank: Positive | None = Field(
+        None, description="With restart_every: the rank that what is kept is cut to; default: none of it is cut."
+    )
+    ship_rank: Positive | None = Field(
+        None,
+        description="Train at `rank`, and end with the nearest adapter of this lower rank (train wide, ship narrow).",
+    )
+    ship_steps: int = Field(
+        8, ge=0, description="With ship_rank: how many of the run's steps, its last, the narrow adapter is trained for."
+    )
+
+
 class AnalysisFields(_Section):
     """Analysis"""
 
@@ -220,11 +238,21 @@ SECTIONS: tuple[type[_Section], ...] = (
     StartFields,
     OptimizerFields,
     TrainingFields,
+    ReshapingFields,
     AnalysisFields,
 )
 
 
-class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, AdapterFields, DataFields, ModelFields):
+class Recipe(
+    AnalysisFields,
+    ReshapingFields,
+    TrainingFields,
+    OptimizerFields,
+    StartFields,
+    AdapterFields,
+    DataFields,
+    ModelFields,
+):
     """A whole run.
 
     >>> Recipe(model="smollm2-135m", data="kjv", rank=16).rank
@@ -255,6 +283,11 @@ class Recipe(AnalysisFields, TrainingFields, OptimizerFields, StartFields, Adapt
     def memory_budget(self) -> int | None:
         """``init_memory`` in bytes."""
         return None if self.init_memory is None else int(self.init_memory * 2**30)
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether the pairs have other shapes at the run's end than at its start."""
+        return self.restart_every is not None or self.ship_rank is not None
 
     def section(self, fields: type[_Section]) -> dict[str, Any]:
         """The values of one section, as plain data."""

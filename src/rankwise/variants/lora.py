@@ -14,12 +14,28 @@ from rankwise.variants.base import ALL, PairLayer, PairVariant
 
 
 class LoraLayer(PairLayer):
-    """ΔW = s(δB·A + B₀·δA), of rank 2r; s·BA of rank r where there is no anchor."""
+    """ΔW = s(δB·A + B₀·δA), of rank 2r; s·BA of rank r where there is no anchor. A change that is kept comes on top.
+
+    Attributes:
+        kept_A [k, in], kept_B [out, k]: s times their product is what an earlier pair learnt, frozen; or None.
+    """
+
+    kept_A: Tensor | None
+    kept_B: Tensor | None
+
+    def __init__(self, site: Site, kind: Kind, dropout: float, start: Start, *, anchored: bool) -> None:
+        super().__init__(site, kind, dropout, start, anchored=anchored)
+        self.register_buffer("kept_A", None)
+        self.register_buffer("kept_B", None)
 
     def delta(self) -> LowRank:
         if self.start_A is None or self.start_B is None:
-            return LowRank(self.lora_B, self.lora_A, self.scale)
-        return difference(self.lora_B, self.lora_A, self.start_B, self.start_A, self.scale)
+            pair = LowRank(self.lora_B, self.lora_A, self.scale)
+        else:
+            pair = difference(self.lora_B, self.lora_A, self.start_B, self.start_A, self.scale)
+        if self.kept_A is None or self.kept_B is None:
+            return pair
+        return pair + LowRank(self.kept_B, self.kept_A, self.scale)
 
     def running(self) -> LowRank:
         """What must be added to the layer's output now."""

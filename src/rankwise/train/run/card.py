@@ -11,6 +11,7 @@ import yaml
 
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
+from rankwise.train.run.tables import squeeze_text
 
 
 def save_model_card(
@@ -20,7 +21,7 @@ def save_model_card(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rankwise.train.run", "."), undefined=jinja2.StrictUndefined, autoescape=False
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "squeeze_text": squeeze_text}
     text = environment.get_template("model_card.md.jinja").render(
         recipe=recipe,
         recipe_yaml=yaml.safe_dump(recipe.model_dump(exclude_defaults=True), sort_keys=False).strip(),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from rankwise.errors import RecipeError
+from rankwise.reshaping import check_narrowable, check_restartable
 from rankwise.train.model.busy import busy
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.tables import plan_table
-from rankwise.train.tasks.base import Loaded, Task
+from rankwise.train.tasks.base import Loaded, Task, spec_of
 from rankwise.train.tasks.causal_lm import CausalLM
 from rankwise.train.tasks.classification import Classification
 from rankwise.train.trainer.optimizer_choice import optimizer_of
@@ -22,8 +24,18 @@ def load(recipe: Recipe, console: Console) -> Loaded:
         SpecError, RecipeError: an option of the adapter or the optimizer. TargetError: layers that do not fit.
     """
     optimizer_of(recipe)  # which says what is wrong with its options before the model is loaded
+    _check_reshaping(recipe)
     with busy(console, "Loading the model"):
         return TASKS[recipe.task].load(recipe)
+
+
+def _check_reshaping(recipe: Recipe) -> None:
+    if recipe.restart_every is not None:
+        check_restartable(spec_of(recipe))
+    elif recipe.restart_rank is not None:
+        raise RecipeError("`restart_rank`: cuts what restarts keep; expected restart_every beside it, found none")
+    if recipe.ship_rank is not None:
+        check_narrowable(spec_of(recipe), recipe.ship_rank)
 
 
 def show_plan(loaded: Loaded, console: Console) -> None:

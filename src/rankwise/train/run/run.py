@@ -216,7 +216,7 @@ def _written(prepared: Prepared, first: Adapter | None, console: Console) -> Res
     out = Path(recipe.output_dir)
     history = trainer.state.log_history
     sample = task.sample(prepared.loaded, prepared.held_out)
-    metrics = _metrics(prepared, history) | task.metrics(history)
+    metrics = _metrics(prepared, history) | _squeeze_metrics(history) | task.metrics(history)
     result = Result(prepared, out / "adapter", out / "loss.png", out / "report.html", history, metrics, sample)
     if trainer.is_world_process_zero():
         save_adapter(prepared)
@@ -299,3 +299,10 @@ def _metrics(prepared: Prepared, history: list[dict[str, Any]]) -> dict[str, Any
         "device": str(prepared.model.device),
         "processes": trainer.args.world_size,
     }
+
+
+def _squeeze_metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a run with `ship_rank`: the error of squeezing in the weights, and the held-out loss before and after it."""
+    keys = {"squeeze_error": "squeeze_error", "wide_loss": "eval_loss_wide", "squeezed_loss": "eval_loss_squeezed"}
+    logged = {name: points(history, key)[1] for key, name in keys.items()}
+    return {name: values[-1] for name, values in logged.items() if values}

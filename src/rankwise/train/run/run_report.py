@@ -17,6 +17,7 @@ from rankwise.train.learning_rate.choice import Choice
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.report_parts import adapter_part, low_rank_part_only, texts, versions
+from rankwise.train.run.tables import squeeze_text
 
 
 def run_report(
@@ -82,6 +83,8 @@ def _headline(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, str]:
     figures = {"trained parameters": f"{metrics['trainable_parameters']:,}", "steps": str(metrics["steps"])}
     if metrics["eval_loss_before"] is not None:
         figures["held-out loss"] = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
+    if "squeeze_error" in metrics:
+        figures[f"squeezed to rank {recipe.ship_rank}"] = squeeze_text(metrics)
     if "accuracy_after" in metrics:
         figures["held-out accuracy"] = f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}"
     return figures | {"learning rate": f"{recipe.peak_learning_rate:g}", "seed": str(recipe.seed)}

@@ -129,6 +129,8 @@ def summary(metrics: dict[str, Any], adapter: Path, page: Path) -> Table:
     table = _facts("Done")
     if metrics["eval_loss_before"] is not None:
         table.add_row("held-out loss", f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}")
+    if "squeeze_error" in metrics:
+        table.add_row("squeezed", squeeze_text(metrics))
     if "accuracy_after" in metrics:
         table.add_row("held-out accuracy", f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}")
     if metrics["train_loss_first"] != metrics["train_loss_last"]:  # else it was logged once only
@@ -137,6 +139,15 @@ def summary(metrics: dict[str, Any], adapter: Path, page: Path) -> Table:
     table.add_row("adapter", str(adapter))
     table.add_row("report", f"{page} (opens in a browser)")
     return table
+
+
+def squeeze_text(metrics: Mapping[str, Any]) -> str:
+    """What squeezing cost, in the weights and in held-out loss, and what the steps after it made of that."""
+    lost = f"{metrics['squeeze_error']:.1%} of the change lost"
+    if "eval_loss_wide" not in metrics:
+        return lost
+    losses = (metrics[f"eval_loss_{when}"] for when in ("wide", "squeezed", "after"))
+    return f"{lost}; held-out loss {' → '.join(f'{loss:.4f}' for loss in losses)}"
 
 
 def sample_table(sample: Sample) -> Table:

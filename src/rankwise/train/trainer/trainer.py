@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ from trl import SFTConfig, SFTTrainer
 import rankwise as rw
 from rankwise.adapted.adapted import Adapted
 from rankwise.errors import CheckpointError, Diverged, OutOfMemory, RecipeError
-from rankwise.format.state import load_state, save_state
+from rankwise.format.state import STATE, load_state, save_state
 from rankwise.optim.choice import GroupsChoice
 from rankwise.optim.lora_plus import AdamWChoice
+from rankwise.reshaping import shape_like
+from rankwise.tensor_files import read_tensors
+from rankwise.train.data.dataset import Batch
 from rankwise.train.data.tokens import ROW
 from rankwise.train.recipe import Recipe
 from rankwise.train.trainer import checkpoints, exact_resume
 from rankwise.train.trainer.optimizer_choice import optimizer_of
+from rankwise.train.trainer.reshaping_callback import ReshapingCallback
 from rankwise.train.trainer.variant_callback import VariantCallback
 
 RESULTS = "metrics.json"  # of a run that is through: the last file that it writes
@@ -56,6 +60,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(VariantCallback())
+        if recipe.reshapes:
+            self.add_callback(ReshapingCallback(self))
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -204,6 +210,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         directory = Path(resume_from_checkpoint)
         _check_unfinished(directory, self.args.max_steps, Path(self.args.output_dir) / RESULTS)
         trained = self.model if model is None else model
+        if self.recipe.reshapes:
+            shape_like(trained, read_tensors(directory / STATE))
         load_state(trained, directory, allow_other_spec=self.recipe.resume_anyway)
 
     def _check_weights(self) -> None:
@@ -216,16 +224,26 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _samples(self, batch: int) -> list[int]:
-        """Which training samples, counted from 1, are in a batch of the current step: the order is drawn again."""
+        """Which training samples, counted from 1, are in a batch of the current step."""
+        (rows,) = islice(self._rows_to_come(), batch, batch + 1)
+        numbers = self.train_dataset[ROW] if ROW in self.train_dataset.column_names else None
+        return [row + 1 if numbers is None else numbers[row] for row in rows]
+
+    def batches_to_come(self, number: int) -> list[Batch]:
+        """The batches that training will take next, on the model's device."""
+        loader = self.get_train_dataloader()  # not gone over, as that would draw random numbers of the run
+        rows = islice(self._rows_to_come(), number)
+        return [self._prepare_inputs(loader.collate_fn([loader.dataset[row] for row in batch])) for batch in rows]
+
+    def _rows_to_come(self) -> Iterator[list[int]]:
+        """The samples' numbers of each batch from the current step on: the order is drawn again."""
         loader = self.get_train_dataloader()
         accumulated = self.args.gradient_accumulation_steps
         steps_in_epoch = max(1, -(-len(loader) // accumulated))
         epoch, step = divmod(self.state.global_step, steps_in_epoch)
-        loader.set_epoch(epoch)
-        place = step * accumulated + batch
-        (rows,) = islice(loader.batch_sampler, place, place + 1)
-        numbers = self.train_dataset[ROW] if ROW in self.train_dataset.column_names else None
-        return [row + 1 if numbers is None else numbers[row] for row in rows]
+        for number in count(epoch):
+            loader.set_epoch(number)
+            yield from islice(loader.batch_sampler, step * accumulated if number == epoch else 0, None)
 
     def _not_finite(self, what: str, value: Any, samples: list[int]) -> str:
         shown = ", ".join(map(str, sorted(samples)[:_SHOWN_SAMPLES]))
