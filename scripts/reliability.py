@@ -34,7 +34,7 @@ _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocab
 _MERGED = "end_to_end/test_merged_directory.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
-_YAML = "unit/test_yaml_text.py"
+_YAML, _CONVOLUTIONS = "unit/test_yaml_text.py", "parity/test_convolutions.py"
 _BASES = "unit/test_hostile_bases.py"
 _DISK, _POWER = "unit/test_disk.py", "unit/test_power_loss.py"
 
@@ -317,6 +317,20 @@ FAULTS: tuple[Fault, ...] = (
         "`RecipeError` within a second.",
         (f"{_YAML}::test_what_cannot_be_read_is_a_named_error", f"{_YAML}::test_files_that_are_none",
          f"{_YAML}::test_values_that_no_run_can_have", f"{_YAML}::test_aliases_that_are_meant_are_read"),
+    ),
+    Fault(
+        "A convolution with a padding mode or dilation, which PEFT's layer lacks",
+        "`inspect` says that PEFT reads the file otherwise; a file that PEFT trained on one is `UnsupportedAdapter`.",
+        (f"{_CONVOLUTIONS}::test_inspect_says_where_peft_computes_another_function",
+         f"{_CONVOLUTIONS}::test_what_peft_trained_on_such_a_layer_is_no_change_of_its_weight"),
+    ),
+    Fault(
+        "An engine that would misread an adapter",
+        "`inspect` says what it takes, by the rules of its current sources.",
+        ("unit/test_inspection.py::test_which_engines_read_it",
+         "unit/test_inspection.py::test_vllms_ranks_and_ollamas_families",
+         "unit/test_inspection.py::test_a_rank_of_its_own_is_right_where_the_scale_comes_from_the_tensors",
+         "unit/test_inspection.py::test_modules_to_save_that_no_tensor_belongs_to_are_refused_by_vllm"),
     ),
 )  # fmt: skip
 

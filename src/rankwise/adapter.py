@@ -29,6 +29,7 @@ class SiteAdapter:
         kernel: the axes that ``in`` unfolds to, (in/groups, kh, kw) for a convolution, else ().
         groups: of a grouped convolution.
         extra: other tensors that the variant saves, by file suffix.
+        unlike_peft: what PEFT's layer for a convolution leaves out and so computes another function; "" if nothing.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class SiteAdapter:
     kernel: tuple[int, ...] = ()
     groups: int = 1
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    unlike_peft: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +85,24 @@ def _site_adapter(layer: nn.Module, adapter: FoldableLayer) -> SiteAdapter:
         delta = adapter.delta()
         extra = {suffix: _cpu_copy(tensor) for suffix, tensor in adapter.extra_tensors().items()}
     on_cpu = LowRank(_cpu_copy(delta.B), _cpu_copy(delta.A), delta.scale)
-    return SiteAdapter(adapter.kind.name, on_cpu, adapter.kind.kernel(layer), adapter.kind.groups(layer), extra)
+    kernel, groups = adapter.kind.kernel(layer), adapter.kind.groups(layer)
+    return SiteAdapter(adapter.kind.name, on_cpu, kernel, groups, extra, unlike_peft(layer))
+
+
+def unlike_peft(layer: nn.Module) -> str:
+    """What PEFT's layer for a convolution leaves out of it; "" where it computes the same.
+
+    Its ``lora_A`` is a convolution with the same kernel, stride and padding, but pads with zeros and has no dilation.
+
+    >>> unlike_peft(nn.Conv2d(2, 2, 3, dilation=2)), unlike_peft(nn.Conv2d(2, 2, 1, dilation=2))
+    ('dilation (2, 2)', '')
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return ""
+    if any(size > 1 and apart > 1 for size, apart in zip(layer.kernel_size, layer.dilation, strict=True)):
+        return f"dilation {layer.dilation}"
+    padded = any(layer._reversed_padding_repeated_twice)
+    return f"padding_mode {layer.padding_mode!r}" if padded and layer.padding_mode != "zeros" else ""
 
 
 def _cpu_copy(tensor: Tensor) -> Tensor:

@@ -99,13 +99,14 @@ def test_adalora_and_bottlenecks(tmp_path: Path):
     [
         (None, {}, {"PEFT": "yes", "vLLM": "yes", "SGLang": "yes", "llama.cpp": "after export", "MLX": "after export"}),
         (None, {"rank_pattern": {"wide": 4}}, {"PEFT": "yes", "vLLM": "after export", "llama.cpp": "after export"}),
-        (None, {"scaling": "rslora"}, {"PEFT": "yes", "vLLM": "after export", "SGLang": "after export"}),
+        (None, {"scaling": "rslora"}, {"PEFT": "yes", "vLLM": "yes", "SGLang": "after export"}),
         (None, {"variant": "dora"}, {"PEFT": "yes", "vLLM": "no", "llama.cpp": "no", "MLX": "no"}),
         (["conv2d"], {}, {"PEFT": "yes", "vLLM": "no", "SGLang": "no"}),
-        (["embedding"], {}, {"PEFT": "yes", "llama.cpp": "no", "Ollama": "no"}),
+        (["embedding"], {}, {"PEFT": "yes", "llama.cpp": "after export", "Ollama": "no"}),
         (["linear", "wide"], {"target_modules": ["wide"], "modules_to_save": ["linear"]}, {"vLLM": "no", "MLX": "no"}),
+        (None, {"alpha_pattern": {"wide": 3}}, {"PEFT": "yes", "vLLM": "after export", "SGLang": "after export"}),
     ],
-    ids=["plain", "pattern", "rslora", "dora", "conv", "embedding", "whole module"],
+    ids=["plain", "pattern", "rslora", "dora", "conv", "embedding", "whole module", "alphas"],
 )  # fmt: skip
 def test_which_engines_read_it(
     tmp_path: Path, names: list[str] | None, fields: dict[str, Any], expected: dict[str, str]
@@ -116,15 +117,47 @@ def test_which_engines_read_it(
     assert list(found) == list(ENGINES)
 
 
-def test_vllms_ranks_and_ollamas_families(tmp_path: Path):
-    model = nn.Sequential(nn.Linear(64, 64))
-    rw.attach(model, rw.LoRA(rank=20, target_modules=["0"]))
+@pytest.mark.parametrize(
+    ("base", "layer", "alpha", "ollama"),
+    [
+        ("meta-llama/Llama-3.2-1B", "q_proj", 16, "yes"),
+        ("google/gemma-2-2b", "q_proj", 16, "yes"),
+        ("google/gemma-3-1b", "q_proj", 16, "after export"),
+        ("Qwen/Qwen3-1.7B", "q_proj", 16, "after export"),
+        ("meta-llama/Llama-3.2-1B", "qkv", 16, "after export"),
+        ("meta-llama/Llama-3.2-1B", "lm_head", 16, "no"),
+        ("meta-llama/Llama-3.2-1B", "q_proj", 7.5, "after export"),  # its reader takes whole numbers only
+    ],
+)
+def test_vllms_ranks_and_ollamas_families(tmp_path: Path, base: str, layer: str, alpha: float, ollama: str):
+    model = nn.ModuleDict({layer: nn.Linear(64, 64)})
+    rw.attach(model, rw.LoRA(rank=20, alpha=alpha, target_modules=[layer]))
     rw.save(model, tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "meta-llama/Llama-3.2-1B"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
     reasons = {verdict.engine: (verdict.answer, verdict.reason) for verdict in inspect(tmp_path).engines}
     assert reasons["vLLM"] == ("yes", "start it with --max-lora-rank 32 (its default is 16)")
-    assert reasons["Ollama"][0] == "yes"
+    assert reasons["Ollama"][0] == ollama
+    assert ("tied" in reasons["llama.cpp"][1]) == (layer == "lm_head")
+
+
+def test_a_rank_of_its_own_is_right_where_the_scale_comes_from_the_tensors(tmp_path: Path):
+    """PEFT's rank_pattern with one alpha: alpha / rank of each layer, which llama.cpp divides by too; vLLM does not."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    config = peft.LoraConfig(r=4, lora_alpha=8, rank_pattern={"1": 2}, target_modules=["0", "1"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    reasons = {verdict.engine: verdict.reason for verdict in inspect(tmp_path).engines}
+    assert reasons["llama.cpp"] == "convert it to GGUF (convert_lora_to_gguf.py)"
+    assert "takes another scale for 1" in reasons["vLLM"]
+
+
+def test_modules_to_save_that_no_tensor_belongs_to_are_refused_by_vllm(tmp_path: Path):
+    """PEFT lists heads that a model may have."""
+    adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modules_to_save": ["classifier", "score"]}))
+    found = answers(tmp_path)
+    assert (found["PEFT"], found["vLLM"]) == ("yes", "no")
 
 
 # ------------------------------------------------------------------------------------------------ not to be trusted

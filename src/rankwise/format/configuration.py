@@ -197,6 +197,18 @@ def pair_variants() -> dict[str, type[PairVariant]]:
     return {name: method.cls for name, method in VARIANTS.items() if issubclass(method.cls, PairVariant)}
 
 
+def read_unlike_peft(source: Path, extra: Mapping[str, Any]) -> dict[str, str]:
+    """Module path → what PEFT's layer leaves out, as ``rankwise.json`` says.
+
+    Raises:
+        BrokenFile: it says anything else.
+    """
+    left_out = extra.get("unlike_peft", {})
+    if not isinstance(left_out, dict) or not all(isinstance(reason, str) for reason in left_out.values()):
+        raise BrokenFile(f"{source}: expected module path → text under unlike_peft; delete the file or save anew")
+    return left_out
+
+
 def read_extra(folder: Path, sites: Collection[str]) -> tuple[dict[str, Any], dict[str, tuple[float, ...]]]:
     """What ``rankwise.json`` says, where there is one, and the probe of the base in it.
 

@@ -21,7 +21,7 @@ from rankwise.algebra.precision import at_least_fp32
 from rankwise.disk import json_bytes, write_files
 from rankwise.errors import SpecError, UnsupportedAdapter
 from rankwise.files import read_json
-from rankwise.format.configuration import read_extra, relative_start, stated_fields, variant_recorded
+from rankwise.format.configuration import read_extra, read_unlike_peft, relative_start, stated_fields, variant_recorded
 from rankwise.format.layout import SiteReader, StoredSite, by_site, whole_keys
 from rankwise.format.names import CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
 from rankwise.format.selection import stated_selection
@@ -55,6 +55,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
         "sites": list(adapter.sites),
         "base_probe": {path: list(values) for path, values in adapter.base_probe.items()},
         "base_quantised": adapter.base_quantised,
+        "unlike_peft": {path: site.unlike_peft for path, site in adapter.sites.items() if site.unlike_peft},
     }
     contents = {
         TENSORS: tensor_bytes(folder / TENSORS, tensors),
@@ -174,8 +175,10 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
     parts = by_site(folder / TENSORS, tensors, config)
     stated_selection(folder / CONFIG, config, fields).check(parts)
     reader = SiteReader(folder, config, fields, list(parts))
-    sites = {path: _site_adapter(reader.site(path, part)) for path, part in parts.items()}
-    extra, probes = read_extra(folder, sites)
+    stored = {path: reader.site(path, part) for path, part in parts.items()}
+    extra, probes = read_extra(folder, stored)
+    unlike_peft = read_unlike_peft(folder / EXTRA, extra)
+    sites = {path: _site_adapter(site, unlike_peft.get(path, "")) for path, site in stored.items()}
     return Adapter(
         _recorded(folder / EXTRA, extra, LoRA(**fields)),
         sites,
@@ -187,9 +190,9 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
     )
 
 
-def _site_adapter(site: StoredSite) -> SiteAdapter:
+def _site_adapter(site: StoredSite, unlike_peft: str) -> SiteAdapter:
     delta = LowRank(at_least_fp32(site.B), at_least_fp32(site.A), site.scale)
-    return SiteAdapter(site.kind, delta, site.kernel, site.groups, site.extra)
+    return SiteAdapter(site.kind, delta, site.kernel, site.groups, site.extra, unlike_peft)
 
 
 def _recorded(source: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:

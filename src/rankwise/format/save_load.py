@@ -1,6 +1,6 @@
 """save and load: an adapter between a model and a PEFT directory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
 from rankwise.adapted.whole_modules import base_state, check_copyable
-from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe
+from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe, unlike_peft
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
 from rankwise.base_probe import gap, room
-from rankwise.errors import AttachError, BaseMismatch, MissingTensor, ShapeMismatch, UnexpectedTensor
+from rankwise.errors import (
+    AttachError,
+    BaseMismatch,
+    MissingTensor,
+    ShapeMismatch,
+    UnexpectedTensor,
+    UnsupportedAdapter,
+)
 from rankwise.files import read_json, settled
 from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own, relative_start, stated_fields
@@ -153,6 +160,8 @@ def _built(model: nn.Module, adapter: Adapter, config: Mapping[str, Any], folder
     _check_selected(model, adapter, selection, folder / TENSORS)
     modules, start = base_modules(model), relative_start(config)
     layers = {path: _restored(modules, path, site, adapter.spec, start, folder) for path, site in adapter.sites.items()}
+    if not adapter.base_probe:  # another library wrote it
+        _check_convolutions(modules, layers, folder)
     base = adapter.base_probe, adapter.base_model, adapter.base_quantised
     return BuiltAdapter(adapter.spec, layers, adapter.saved, *base)
 
@@ -230,6 +239,16 @@ def _restored(
     restored = spec.variant.restore(described, kind, weight, moved, extra)
     restored.dropout = spec.dropout  # of use only where it is trained on
     return restored
+
+
+def _check_convolutions(modules: Mapping[str, nn.Module], paths: Iterable[str], folder: Path) -> None:
+    """PEFT trained its own layer in place of a convolution's change, and that one may be no change of the weight."""
+    for path in paths:
+        if left_out := unlike_peft(modules[path]):
+            raise UnsupportedAdapter(
+                f"{folder}: {path} is a convolution with {left_out}, which PEFT's layer for it lacks: what it computes "
+                "is no change of the weight, and no file without rankwise.json is read for it; train it anew here"
+            )
 
 
 def _check_base_copy(layer: Any, path: str, copy: Tensor | None, folder: Path) -> None:

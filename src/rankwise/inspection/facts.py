@@ -1,6 +1,6 @@
 """What an adapter directory turned out to hold, as plain values."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Answer = Literal["yes", "after export", "no"]
@@ -64,6 +64,7 @@ class Inspection:
         dtypes: type → numbers of it.
         notes: what is worth knowing, but is not refused.
         problems: what :func:`load` would refuse, each with its error's name.
+        unlike_peft: convolution → what PEFT's layer for it leaves out, so that it computes another function.
         engines: who reads it right; empty where there are problems.
     """
 
@@ -79,6 +80,7 @@ class Inspection:
     dtypes: dict[str, int]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    unlike_peft: dict[str, str] = field(default_factory=dict)
     engines: tuple[Verdict, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from rankwise.format.configuration import (
     is_adalora,
     is_own,
     read_extra,
+    read_unlike_peft,
     relative_start,
     stated_fields,
     variant_recorded,
 )
 from rankwise.format.layout import SiteReader, by_site, stray, whole_keys
-from rankwise.format.names import CONFIG, FILES, OWN, PREFIX, TENSORS, site_and_suffix
+from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, PREFIX, TENSORS, site_and_suffix
 from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import verdicts
@@ -60,6 +61,7 @@ def _inspect(folder: Path) -> Inspection:
     spec: dict[str, Any] | None = None
     whole: dict[str, None] = {}
     sites: list[SiteFacts] = []
+    unlike_peft: dict[str, str] = {}
     if is_own(config):
         spec, sites = _own_sites(folder, config, entries, problems)
     elif config:
@@ -71,6 +73,7 @@ def _inspect(folder: Path) -> Inspection:
         parts = _parts(folder / TENSORS, changes, config, problems)
         problems.catch(lambda: stated_selection(folder / CONFIG, config, fields).check(parts))
         extra, _ = problems.catch(lambda: read_extra(folder, parts)) or ({}, {})
+        unlike_peft = problems.catch(lambda: read_unlike_peft(folder / EXTRA, extra)) or {}
         spec = plain_fields({**fields, "variant": variant_recorded(fields["variant"], extra)})
         with opened(folder / TENSORS, entries) as file:
             problems.catch(lambda: file.check_finite(whole))
@@ -98,6 +101,7 @@ def _inspect(folder: Path) -> Inspection:
         dict(dtypes),
         tuple(notes),
         problems.listed(),
+        unlike_peft,
     )
     engines = () if problems.messages else verdicts(facts)  # which go by PEFT's own fields
     return replace(facts, spec=spec, engines=engines)

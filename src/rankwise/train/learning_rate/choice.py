@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from rankwise.disk import write_json
 from rankwise.errors import Diverged, RecipeError
-from rankwise.files import read_json, write_json
+from rankwise.files import read_json
 from rankwise.methods import name_of
 from rankwise.optim import OPTIMIZERS
 from rankwise.sites import Site
