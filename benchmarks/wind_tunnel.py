@@ -288,17 +288,25 @@ class Tunnel:
         self.save()
         return run
 
-    def _losses(self, method: Method, rank: int, rate: float, seed: int, steps: int) -> dict[str, float]:
+    def batch(self, generator: torch.Generator) -> Tensor:
+        """The next of the training batches that a generator draws."""
+        return windows(self.texts["train"], BATCH, generator)
+
+    def start(self, method: Method, rank: int, seed: int) -> ByteModel:
+        """The pre-trained model, with the method's adapter at its start."""
         model, generator = ByteModel(), torch.Generator().manual_seed(seed)
         model.load_state_dict(self.weights)
         if method.adapter is not None:
-            first = [windows(self.texts["train"], BATCH, generator) for _ in range(8)]
+            first = [self.batch(generator) for _ in range(8)]
             needs = {"batches": first, "loss": loss_of} if method.adapter.get("init") == "lora-ga" else {}
             rw.attach(model, rw.LoRA(rank=rank, seed=seed, **method.adapter), **needs)
-        generator.manual_seed(seed)
+        return model
+
+    def _losses(self, method: Method, rank: int, rate: float, seed: int, steps: int) -> dict[str, float]:
+        model, generator = self.start(method, rank, seed), torch.Generator().manual_seed(seed)
         optimizer = method.optimizer(model, rate)
         for step in range(steps):
-            loss = descend(model, optimizer, windows(self.texts["train"], BATCH, generator), 1 - step / steps)
+            loss = descend(model, optimizer, self.batch(generator), 1 - step / steps)
             if not loss < 20:
                 return {"validation": math.inf, "test": math.inf}
         with torch.no_grad():
