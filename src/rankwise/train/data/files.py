@@ -93,24 +93,28 @@ def _read_array(path: Path, compression: str | None) -> Iterator[Placed]:
     """The objects of an array, of which no more is in memory than the one that is read."""
     decoder = json.JSONDecoder()
     with _open(path, compression) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
-        rest, number = text.read(_CHUNK).lstrip()[1:].lstrip(), 1
+        rest, number = _from_next_sign(_from_next_sign("", text)[1:], text), 1
         while not rest.startswith("]"):
             place = f"{path}, record {number}"
             try:
                 record, end = decoder.raw_decode(rest)
             except (ValueError, RecursionError) as error:
                 if not (more := text.read(max(_CHUNK, len(rest)))):
-                    raise DataError(
-                        f"{place}: expected a JSON object, found {shortened(rest[:100])}: {error}."
-                    ) from None
+                    raise DataError(f"{place}: expected a JSON object, found {shortened(rest)}: {error}.") from None
                 rest += more
                 continue
             yield place, _object(record, place)
-            if not (rest := rest[end:].lstrip()):
-                rest = text.read(_CHUNK).lstrip()
+            rest = _from_next_sign(rest[end:], text)
             if rest[:1] not in (",", "]"):
-                raise DataError(f"{place}: expected a comma or the array's end after it, found {shortened(rest[:40])}.")
-            rest, number = rest.removeprefix(",").lstrip(), number + 1
+                raise DataError(f"{place}: expected a comma or the array's end after it, found {shortened(rest)}.")
+            rest, number = _from_next_sign(rest.removeprefix(","), text), number + 1
+
+
+def _from_next_sign(rest: str, text: io.TextIOWrapper) -> str:
+    """The rest of what was read, from its first sign that is no space; more is read where there is none."""
+    while not (rest := rest.lstrip()) and (more := text.read(_CHUNK)):
+        rest = more
+    return rest
 
 
 def _decoded(line: bytes, place: str) -> str:
