@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Json, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Json, Value
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -81,6 +81,14 @@ COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
 def test_every_kind_gives_the_values_that_stand_in_it(name: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / (name + ending)
     path.write_bytes(COMPRESSED[ending](WRITERS[name](ROWS)))
+    assert [record for _, record in read_file(str(path))] == ROWS
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".zst"])
+def test_pieces_that_were_compressed_apart_are_one_file(ending: str, tmp_path: Path) -> None:
+    """What `cat a.gz b.gz`, pigz and pzstd make."""
+    path = tmp_path / f"x.jsonl{ending}"
+    path.write_bytes(b"".join(COMPRESSED[ending](lines([row])) for row in ROWS))
     assert [record for _, record in read_file(str(path))] == ROWS
 
 
@@ -228,6 +236,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "a name twice": ("x.csv", b"text,text\na,b\n", "line 1: expected the names of the fields, each once"),
     "semicolons": ("x.csv", b"text;label\na;b\n", r"expected the fields of a known form.*text;label"),
     "another's directory": ("x/readme.txt", b"", "expected a directory that datasets' save_to_disk wrote"),
+    "a cut saved data set": ("x/data.arrow", b"", "expected a directory that datasets' save_to_disk wrote"),
     "no ending": ("x", b"", "found 'no ending'"),
 }
 
@@ -241,6 +250,22 @@ def test_broken_files_are_named(case: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message) as refused:
         load_data(recipe(str(tmp_path / Path(name).parts[0])))
     assert str(tmp_path) in str(refused.value)
+
+
+def test_a_saved_data_set_that_is_cut_is_named(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(DataError, match="saved"):
+        load_data(recipe(str(tmp_path / "saved")))
+
+
+def test_pictures_are_refused_and_not_decoded(tmp_path: Path) -> None:
+    features = Features({"prompt": Value("string"), "completion": Value("string"), "image": Image()})
+    row = {"prompt": "a", "completion": "b", "image": {"bytes": b"no picture", "path": None}}
+    Dataset.from_list([row], features=features).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="image: found"):
+        load_data(recipe(str(tmp_path / "saved")))
 
 
 def test_one_long_field_of_a_table(tmp_path: Path) -> None:
