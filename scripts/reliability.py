@@ -148,6 +148,15 @@ FAULTS: tuple[Fault, ...] = (
          f"{_TOKENS}::test_a_refusal_names_the_file_and_line", f"{_CHATS}::test_a_tokenizer_without_a_template"),
     ),
     Fault(
+        "No end token; tokens beyond the embedding; a sample longer than the positions that a model has learned",
+        "`DataError` names the sample and the token or length, before the first step.",
+        ("unit/test_preflight.py::test_a_token_beyond_the_embedding_is_named",
+         "unit/test_preflight.py::test_a_sample_longer_than_the_learned_positions_is_named",
+         "unit/test_preflight.py::test_learned_positions_are_as_many_as_a_model_can_take",
+         "end_to_end/test_check.py::test_what_the_model_cannot_take_is_refused_before_any_step",
+         "end_to_end/test_check.py::test_samples_longer_than_learned_positions_are_refused_before_any_step"),
+    ),
+    Fault(
         "pad = eos, the end of a turn never trained",
         "Labels are masked by what is padding, not by what it is padded with: the end of an answer is trained. "
         "Where no answer trains one, `DataError` before the first step.",
@@ -156,10 +165,20 @@ FAULTS: tuple[Fault, ...] = (
          "end_to_end/test_check.py::test_padding_that_hides_the_end_is_refused"),
     ),
     Fault(
-        "Malformed, empty or mixed JSONL",
+        "Malformed, empty, cut or mixed files: JSON, tables, Arrow, compressed",
         "`DataError` with the file and the line.",
-        (f"{_FORMS}::test_bad_jsonl_is_named_by_its_line", f"{_FORMS}::test_bad_sources_are_named",
+        ("unit/test_files.py::test_broken_files_are_named", f"{_FORMS}::test_bad_jsonl_is_named_by_its_line",
+         f"{_FORMS}::test_bad_sources_are_named",
          f"{_TINY}::test_a_broken_line_is_named"),
+    ),
+    Fault(
+        "Values that readers guess at: dates, numbers as text, empty fields, labels, null in columns of objects",
+        "Every kind of file gives the values that stand in it; labels keep their names; files larger than memory are "
+        "read in pieces and kept on disk.",
+        ("unit/test_files.py::test_every_kind_gives_the_values_that_stand_in_it",
+         "unit/test_files.py::test_labels_keep_their_names",
+         "unit/test_files.py::test_messages_of_arrow_have_their_own_fields_only",
+         "unit/test_files.py::test_a_large_array_is_not_held_in_memory"),
     ),
     Fault(
         "Unknown or misspelt configuration key",
