@@ -229,6 +229,21 @@ FAULTS: tuple[Fault, ...] = (
          f"{_VOCABULARY}::test_what_the_model_does_not_use_is_not_saved",
          f"{_VOCABULARY}::test_a_copy_that_was_tied_away_can_be_put_back"),
     ),
+    Fault(
+        "Whole embeddings that PEFT saves beside an adapter, of a resized vocabulary too",
+        "Those of the base itself change nothing; new rows take their places in a model of that size, in tied modules "
+        "too; another size or another base's is refused with what to do.",
+        (f"{_VOCABULARY}::test_embeddings_that_peft_saves_of_a_resized_vocabulary",
+         f"{_VOCABULARY}::test_embeddings_that_are_the_bases_own_are_not_replaced",
+         f"{_VOCABULARY}::test_embeddings_of_another_base_are_refused"),
+    ),
+    Fault(
+        "Names that files have had: paths that transformers renamed, PEFT's wrappers in the names, heads that only the "
+        "task tells of, the hub's links",
+        "Mapped, and said; equal to PEFT's outputs to 1e-5.",
+        (f"{_MEANING}::test_paths_that_transformers_renamed", f"{_MEANING}::test_heads_as_older_releases_wrote_them",
+         "unit/test_inspection.py::test_the_hubs_cache_is_read_through_its_links"),
+    ),
 )  # fmt: skip
 
 _INTRODUCTION = """\
