@@ -28,6 +28,7 @@ _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
 _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_model_left_as_it_was"
 _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocabulary.py"
+_HABIT = "parity/test_save_pretrained.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -243,6 +244,19 @@ FAULTS: tuple[Fault, ...] = (
         "Mapped, and said; equal to PEFT's outputs to 1e-5.",
         (f"{_MEANING}::test_paths_that_transformers_renamed", f"{_MEANING}::test_heads_as_older_releases_wrote_them",
          "unit/test_inspection.py::test_the_hubs_cache_is_read_through_its_links"),
+    ),
+    Fault(
+        "`model.save_pretrained()` and `trainer.save_model()` of an adapted model",
+        "A PEFT directory lands, beside the exact state from which Trainer resumes; what is not done is refused. A "
+        "merged model is written whole.",
+        (f"{_HABIT}::test_what_lands_is_a_peft_directory",
+         f"{_HABIT}::test_trainer_saves_resumes_and_ends_in_a_peft_directory",
+         f"{_HABIT}::test_a_merged_model_is_written_whole", f"{_HABIT}::test_what_is_not_done_is_refused"),
+    ),
+    Fault(
+        "A saved adapter that does not say of which base and task it is",
+        "`adapter_config.json` names the base as it was opened, and its task: PEFT's `AutoPeftModelFor...` opens it.",
+        (f"{_HABIT}::test_what_lands_is_a_peft_directory", f"{_HABIT}::test_a_classifier_opens_by_its_task"),
     ),
 )  # fmt: skip
 

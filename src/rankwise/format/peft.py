@@ -107,7 +107,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base_model,
         "r": rank,
         "lora_alpha": alpha,
@@ -185,6 +185,7 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
         config.get("base_model_name_or_path"),
         whole_tensors(folder / TENSORS, whole),
         extra.get("base_quantised") is True,
+        task if isinstance(task := config.get("task_type"), str) else None,
     )
 
 

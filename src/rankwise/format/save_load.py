@@ -23,6 +23,7 @@ from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_pairs, write_adapter
 from rankwise.format.relative import change_of_base, check_untied
 from rankwise.format.renamed import with_present_names
+from rankwise.format.save_pretrained import save_as_adapter
 from rankwise.format.selection import Selection, stated_selection
 from rankwise.format.vocabulary import changed_embeddings
 from rankwise.layers.kinds import Kind, kind_of, kind_or_none
@@ -134,6 +135,7 @@ def load(
         _check_base(root, adapter, folder)
     whole = _whole_values(root, adapter, folder / TENSORS)
     Adapted.ensure(model).add(name, adapter.spec, adapter.layers, whole, trainable=trainable)
+    save_as_adapter(model, save)
     return model
 
 
