@@ -31,6 +31,7 @@ _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_mo
 _MEANING = "parity/test_peft_configurations.py"
 _SECOND = "unit/test_second_derivatives.py"
 _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocabulary.py"
+_HABIT = "parity/test_save_pretrained.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
@@ -350,6 +351,34 @@ FAULTS: tuple[Fault, ...] = (
          "unit/test_inspection.py::test_vllms_ranks_and_ollamas_families",
          "unit/test_inspection.py::test_a_rank_of_its_own_is_right_where_the_scale_comes_from_the_tensors",
          "unit/test_inspection.py::test_modules_to_save_that_no_tensor_belongs_to_are_refused_by_vllm"),
+    ),
+    Fault(
+        "Whole embeddings that PEFT saves beside an adapter, of a resized vocabulary too",
+        "Those of the base itself change nothing; new rows take their places in a model of that size, in tied modules "
+        "too; another size or another base's is refused with what to do.",
+        (f"{_VOCABULARY}::test_embeddings_that_peft_saves_of_a_resized_vocabulary",
+         f"{_VOCABULARY}::test_embeddings_that_are_the_bases_own_are_not_replaced",
+         f"{_VOCABULARY}::test_embeddings_of_another_base_are_refused"),
+    ),
+    Fault(
+        "Names that files have had: paths that transformers renamed, PEFT's wrappers in the names, heads that only the "
+        "task tells of, the hub's links",
+        "Mapped, and said; equal to PEFT's outputs to 1e-5.",
+        (f"{_MEANING}::test_paths_that_transformers_renamed", f"{_MEANING}::test_heads_as_older_releases_wrote_them",
+         "unit/test_inspection.py::test_the_hubs_cache_is_read_through_its_links"),
+    ),
+    Fault(
+        "`model.save_pretrained()` and `trainer.save_model()` of an adapted model",
+        "A PEFT directory lands, beside the exact state from which Trainer resumes; what is not done is refused. A "
+        "merged model is written whole.",
+        (f"{_HABIT}::test_what_lands_is_a_peft_directory",
+         f"{_HABIT}::test_trainer_saves_resumes_and_ends_in_a_peft_directory",
+         f"{_HABIT}::test_a_merged_model_is_written_whole", f"{_HABIT}::test_what_is_not_done_is_refused"),
+    ),
+    Fault(
+        "A saved adapter that does not say of which base and task it is",
+        "`adapter_config.json` names the base as it was opened, and its task: PEFT's `AutoPeftModelFor...` opens it.",
+        (f"{_HABIT}::test_what_lands_is_a_peft_directory", f"{_HABIT}::test_a_classifier_opens_by_its_task"),
     ),
 )  # fmt: skip
 
