@@ -33,6 +33,7 @@ _SECOND = "unit/test_second_derivatives.py"
 _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocabulary.py"
 _HABIT = "parity/test_save_pretrained.py"
 _MERGED = "end_to_end/test_merged_directory.py"
+_KEPT = "unit/test_kept_outputs.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 _YAML, _CONVOLUTIONS = "unit/test_yaml_text.py", "parity/test_convolutions.py"
@@ -268,6 +269,14 @@ FAULTS: tuple[Fault, ...] = (
          f"{_OFFLOADED}::test_dispatched_without_offloading", f"{_OFFLOADED}::test_a_model_on_the_meta_device",
          f"{_OFFLOADED}::test_a_model_of_which_a_part_is_on_disk",
          f"{_OFFLOADED}::test_merged_first_a_model_can_be_offloaded"),
+    ),
+    Fault(
+        "A hook, subclass, mode or selective checkpoint keeps a layer's output",
+        "It keeps the layer's own; adapters write in place only where nothing else can hold it.",
+        (f"{_KEPT}::test_what_is_kept_is_the_layers_own_output",
+         f"{_KEPT}::test_a_subclass_that_saved_its_output_for_the_backward_pass",
+         f"{_KEPT}::test_a_layer_that_returns_its_input", f"{_KEPT}::test_selective_checkpointing_keeps_products",
+         f"{_KEPT}::test_what_nothing_holds_is_written_into"),
     ),
     Fault(
         "Stale or foreign gradient cache; initialisation interrupted",
