@@ -300,11 +300,15 @@ class Tunnel:
         self.save()
         return run
 
+    def batch(self, generator: torch.Generator) -> Tensor:
+        """The next of the training batches that a generator draws."""
+        return windows(self.texts["train"], BATCH, generator)
+
     def _losses(self, method: Method, rank: int, rate: float, seed: int, steps: int) -> dict[str, float]:
         model, generator = self.started(method, rank, seed)
         optimizer = method.optimizer(model, rate)
         for step in range(steps):
-            loss = descend(model, optimizer, windows(self.texts["train"], BATCH, generator), 1 - step / steps)
+            loss = descend(model, optimizer, self.batch(generator), 1 - step / steps)
             if not loss < 20:
                 return {"validation": math.inf, "test": math.inf}
             done = step + 1
@@ -327,7 +331,7 @@ class Tunnel:
         """The next eight training batches, which the generator will give again."""
         same = torch.Generator()
         same.set_state(generator.get_state())
-        return [windows(self.texts["train"], BATCH, same) for _ in range(8)]
+        return [self.batch(same) for _ in range(8)]
 
     @torch.no_grad()
     def judged(self, model: nn.Module) -> dict[str, float]:

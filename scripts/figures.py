@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from math import log2
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -285,6 +286,26 @@ def wind_tunnel() -> str:
     return table(["method", "rank", "best rate", "validation", "test, mean ± sd over seeds", "seeds"], rows)
 
 
+def learning_rates() -> str:
+    """Where `learning_rate: auto` lands beside the tuned rate, the farthest first."""
+    rows = []
+    cells = sorted(result("learning_rate")["cells"], key=lambda cell: -abs(log2(cell["rate"] / cell["tuned"])))
+    for cell in cells:
+        ratio = cell["rate"] / cell["tuned"]
+        tried = f"{len(cell['tried'])}" if cell["bracketed"] else f"{len(cell['tried'])}, no worse one on one side"
+        rates = [f"{cell[name]:.2g}" for name in ("guess", "rate", "tuned")]
+        rows.append(
+            [cell["task"], cell["method"], str(cell["rank"]), *rates, f"{ratio:.2f}", tried, str(cell["steps"])]
+        )
+    near = [0.5 <= cell["rate"] / cell["tuned"] <= 2 for cell in cells]
+    guesses = [0.5 <= cell["guess"] / cell["tuned"] <= 2 for cell in cells]
+    head = ["task", "method", "rank", "guess", "auto", "tuned", "auto / tuned", "rates tried", "steps"]
+    return (
+        f"Within a factor of two of the tuned rate: {sum(near)} of {len(cells)} cells; the guess alone: "
+        f"{sum(guesses)}.\n\n{table(head, rows)}"
+    )
+
+
 def measured() -> str:
     return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
 
@@ -301,6 +322,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "intrinsic": intrinsic,
         "analyze": analyze,
     },
+    "docs/learning_rate.md": {"learning-rate": learning_rates},
     "docs/design.md": {"order": order},
     "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora, "wind-tunnel": wind_tunnel},
 }

@@ -31,7 +31,9 @@ _BAD = "unit/test_bad_checkpoints.py::test_a_bad_directory_is_refused_and_the_mo
 _MEANING = "parity/test_peft_configurations.py"
 _SECOND = "unit/test_second_derivatives.py"
 _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocabulary.py"
+_HABIT = "parity/test_save_pretrained.py"
 _MERGED = "end_to_end/test_merged_directory.py"
+_KEPT = "unit/test_kept_outputs.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 _YAML, _CONVOLUTIONS = "unit/test_yaml_text.py", "parity/test_convolutions.py"
@@ -148,6 +150,15 @@ FAULTS: tuple[Fault, ...] = (
          f"{_TOKENS}::test_a_refusal_names_the_file_and_line", f"{_CHATS}::test_a_tokenizer_without_a_template"),
     ),
     Fault(
+        "No end token; tokens beyond the embedding; a sample longer than the positions that a model has learned",
+        "`DataError` names the sample and the token or length, before the first step.",
+        ("unit/test_preflight.py::test_a_token_beyond_the_embedding_is_named",
+         "unit/test_preflight.py::test_a_sample_longer_than_the_learned_positions_is_named",
+         "unit/test_preflight.py::test_learned_positions_are_as_many_as_a_model_can_take",
+         "end_to_end/test_check.py::test_what_the_model_cannot_take_is_refused_before_any_step",
+         "end_to_end/test_check.py::test_samples_longer_than_learned_positions_are_refused_before_any_step"),
+    ),
+    Fault(
         "pad = eos, the end of a turn never trained",
         "Labels are masked by what is padding, not by what it is padded with: the end of an answer is trained. "
         "Where no answer trains one, `DataError` before the first step.",
@@ -156,10 +167,20 @@ FAULTS: tuple[Fault, ...] = (
          "end_to_end/test_check.py::test_padding_that_hides_the_end_is_refused"),
     ),
     Fault(
-        "Malformed, empty or mixed JSONL",
+        "Malformed, empty, cut or mixed files: JSON, tables, Arrow, compressed",
         "`DataError` with the file and the line.",
-        (f"{_FORMS}::test_bad_jsonl_is_named_by_its_line", f"{_FORMS}::test_bad_sources_are_named",
+        ("unit/test_files.py::test_broken_files_are_named", f"{_FORMS}::test_bad_jsonl_is_named_by_its_line",
+         f"{_FORMS}::test_bad_sources_are_named",
          f"{_TINY}::test_a_broken_line_is_named"),
+    ),
+    Fault(
+        "Values that readers guess at: dates, numbers as text, empty fields, labels, null in columns of objects",
+        "Every kind of file gives the values that stand in it; labels keep their names; files larger than memory are "
+        "read in pieces and kept on disk.",
+        ("unit/test_files.py::test_every_kind_gives_the_values_that_stand_in_it",
+         "unit/test_files.py::test_labels_keep_their_names",
+         "unit/test_files.py::test_messages_of_arrow_have_their_own_fields_only",
+         "unit/test_files.py::test_a_large_array_is_not_held_in_memory"),
     ),
     Fault(
         "Unknown or misspelt configuration key",
@@ -250,6 +271,14 @@ FAULTS: tuple[Fault, ...] = (
          f"{_OFFLOADED}::test_merged_first_a_model_can_be_offloaded"),
     ),
     Fault(
+        "A hook, subclass, mode or selective checkpoint keeps a layer's output",
+        "It keeps the layer's own; adapters write in place only where nothing else can hold it.",
+        (f"{_KEPT}::test_what_is_kept_is_the_layers_own_output",
+         f"{_KEPT}::test_a_subclass_that_saved_its_output_for_the_backward_pass",
+         f"{_KEPT}::test_a_layer_that_returns_its_input", f"{_KEPT}::test_selective_checkpointing_keeps_products",
+         f"{_KEPT}::test_what_nothing_holds_is_written_into"),
+    ),
+    Fault(
         "Stale or foreign gradient cache; initialisation interrupted",
         "The cache is refused by its hashes; the model is left as it was.",
         ("unit/test_gradient_cache.py::test_other_weights_batches_or_settings_are_refused",
@@ -331,6 +360,34 @@ FAULTS: tuple[Fault, ...] = (
          "unit/test_inspection.py::test_vllms_ranks_and_ollamas_families",
          "unit/test_inspection.py::test_a_rank_of_its_own_is_right_where_the_scale_comes_from_the_tensors",
          "unit/test_inspection.py::test_modules_to_save_that_no_tensor_belongs_to_are_refused_by_vllm"),
+    ),
+    Fault(
+        "Whole embeddings that PEFT saves beside an adapter, of a resized vocabulary too",
+        "Those of the base itself change nothing; new rows take their places in a model of that size, in tied modules "
+        "too; another size or another base's is refused with what to do.",
+        (f"{_VOCABULARY}::test_embeddings_that_peft_saves_of_a_resized_vocabulary",
+         f"{_VOCABULARY}::test_embeddings_that_are_the_bases_own_are_not_replaced",
+         f"{_VOCABULARY}::test_embeddings_of_another_base_are_refused"),
+    ),
+    Fault(
+        "Names that files have had: paths that transformers renamed, PEFT's wrappers in the names, heads that only the "
+        "task tells of, the hub's links",
+        "Mapped, and said; equal to PEFT's outputs to 1e-5.",
+        (f"{_MEANING}::test_paths_that_transformers_renamed", f"{_MEANING}::test_heads_as_older_releases_wrote_them",
+         "unit/test_inspection.py::test_the_hubs_cache_is_read_through_its_links"),
+    ),
+    Fault(
+        "`model.save_pretrained()` and `trainer.save_model()` of an adapted model",
+        "A PEFT directory lands, beside the exact state from which Trainer resumes; what is not done is refused. A "
+        "merged model is written whole.",
+        (f"{_HABIT}::test_what_lands_is_a_peft_directory",
+         f"{_HABIT}::test_trainer_saves_resumes_and_ends_in_a_peft_directory",
+         f"{_HABIT}::test_a_merged_model_is_written_whole", f"{_HABIT}::test_what_is_not_done_is_refused"),
+    ),
+    Fault(
+        "A saved adapter that does not say of which base and task it is",
+        "`adapter_config.json` names the base as it was opened, and its task: PEFT's `AutoPeftModelFor...` opens it.",
+        (f"{_HABIT}::test_what_lands_is_a_peft_directory", f"{_HABIT}::test_a_classifier_opens_by_its_task"),
     ),
 )  # fmt: skip
 

@@ -51,13 +51,18 @@ def outputs(model: nn.Module) -> Tensor:
 def written(base: nn.Module, where: Path, size: float = 0.05, **fields: Any) -> nn.Module:
     """A PEFT adapter with every trained tensor moved, saved; as PEFT reads it on a clean base."""
     peft = get_peft_model(copy.deepcopy(base), LoraConfig(**fields))
+    perturb_peft(peft, size)
+    peft.save_pretrained(str(where))
+    return PeftModel.from_pretrained(copy.deepcopy(base), str(where))
+
+
+def perturb_peft(peft: nn.Module, size: float = 0.05) -> None:
+    """Move every trained tensor."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    peft.save_pretrained(str(where))
-    return PeftModel.from_pretrained(copy.deepcopy(base), str(where))
 
 
 def rewritten(where: Path, **fields: Any) -> Path:

@@ -12,7 +12,7 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.base_probe import PROBED
 from rankwise.layers.kinds import kind_of
 from rankwise.layers.quantised import is_quantised
-from rankwise.patterns import names_by_end
+from rankwise.patterns import keys_under, names_by_end
 from rankwise.shapes import Int
 from rankwise.sites import base_modules
 from rankwise.spec import LoRA
@@ -52,6 +52,7 @@ class Adapter:
         base_probe: module path → 16 evenly spaced base weights, by which another base is recognised.
         base_quantised: whether those weights were dequantised ones, which stand for others.
         base_model: name or path of the base, where known.
+        task_type: PEFT's word for what the base does, such as "CAUSAL_LM"; None where it has none.
         saved: the tensors of ``modules_to_save``, by their names in the model's state dict.
     """
 
@@ -62,6 +63,7 @@ class Adapter:
     base_model: str | None = None
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     base_quantised: bool = False
+    task_type: str | None = None
 
 
 def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, FoldableLayer], saved: Mapping[str, Tensor]) -> Adapter:
@@ -77,7 +79,32 @@ def extract(model: nn.Module, spec: LoRA, layers: Mapping[str, FoldableLayer], s
         getattr(config, "_name_or_path", None) or None,
         {key: _cpu_copy(value) for key, value in saved.items()},
         any(is_quantised(model.get_submodule(path)) for path in sites),
+        task_type(model, saved),
     )
+
+
+# How transformers' classes end → PEFT's word for their task, and the heads that PEFT then trains whole, told or not.
+_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "LMHeadModel": ("CAUSAL_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}
+
+
+def task_type(model: nn.Module, saved: Iterable[str]) -> str | None:
+    """PEFT's word for what a model does, by its class; None where PEFT would look for a head that is not saved.
+
+    Args:
+        saved: names of the tensors that the file has whole.
+    """
+    name = type(model).__name__
+    if name.endswith("ForConditionalGeneration"):
+        return "SEQ_2_SEQ_LM" if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else "CAUSAL_LM"
+    task, heads = next((_TASKS[end] for end in _TASKS if name.endswith(end)), (None, ()))
+    present = [head for head in heads if head in dict(model.named_children())]
+    return task if keys_under(present, saved) or not heads else None
 
 
 def _site_adapter(layer: nn.Module, adapter: FoldableLayer) -> SiteAdapter:

@@ -15,6 +15,8 @@ from rankwise.collection import given_evidence
 from rankwise.errors import AttachError, EvidenceError, SpecError
 from rankwise.evidence.collecting import collect
 from rankwise.evidence.undisturbed import repeatable
+from rankwise.format.save_load import save
+from rankwise.format.save_pretrained import save_as_adapter
 from rankwise.inits.base import Init
 from rankwise.layers.kinds import KINDS, base_matrix
 from rankwise.layers.quantised import forbid_repacking
@@ -103,6 +105,7 @@ def attach(  # type: ignore[misc]  # a dry run takes what attach takes
         layers = _adapters(root, spec, planned, evidence, batches, loss)
     adapted = Adapted.ensure(model)
     adapted.add(name, spec, layers, dict.fromkeys(whole), trainable=True)
+    save_as_adapter(model, save)
     if spec.anchor == "fold":
         fold_starts(adapted, layers)
     return model

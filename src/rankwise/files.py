@@ -132,16 +132,16 @@ def readable(path: Path) -> Iterator[None]:
 def check_stays_inside(path: Path) -> None:
     """Refuse a link out of its directory, which would open a file of its writer's choice.
 
-    The hub's cache is made of such links, from ``models--x/snapshots/<revision>`` to ``models--x/blobs``: these pass.
+    The hub's cache is made of links to ``models--x/blobs``, in ``snapshots/<revision>``, its subfolders and directories
+    that were asked for elsewhere: these pass. What is there was fetched from the hub.
 
     Raises:
         UnsafeFile: as it says.
     """
     folder, target = path.parent.resolve(), path.resolve()
-    allowed = [folder]
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        allowed.append(folder.parent.parent / "blobs")
-    if not any(target.is_relative_to(place) for place in allowed):
+    blobs = target.parent
+    is_blob = blobs.name == "blobs" and blobs.parent.name.startswith("models--")
+    if not is_blob and not target.is_relative_to(folder):
         raise UnsafeFile(
             f"{path}: is a link to {target}, outside its directory, and is not followed; copy the file there"
         )

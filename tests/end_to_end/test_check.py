@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import rankwise as rw
@@ -124,6 +124,52 @@ def test_answers_that_never_end_are_refused(make, tmp_path, changed_model):
     with pytest.raises(DataError, match="no answer of the 8 samples trains an end token"):
         run.prepare(run.load(make(model=changed_model(without_ends), data=str(data)), SILENT), SILENT)
     run.prepare(run.load(make(data=str(data)), SILENT), SILENT)
+
+
+def without_an_end(model, tokenizer):
+    tokenizer.eos_token = None
+
+
+def with_a_new_token(model, tokenizer):
+    tokenizer.add_tokens(["say"])
+
+
+def with_a_template_that_raises(model, tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+
+
+@pytest.mark.parametrize(
+    ("change", "form", "message"),
+    [
+        (without_an_end, "pairs", "expected an eos_token"),
+        (with_a_new_token, "pairs", "training sample 1: expected tokens with a row .* found 'say'"),
+        (with_a_template_that_raises, "chats", r"chats\.jsonl, line 1: the chat template refuses .*no such role"),
+    ],
+)
+def test_what_the_model_cannot_take_is_refused_before_any_step(make, changed_model, tmp_path, change, form, message):
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    data = tmp_path / "chats.jsonl"
+    data.write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    recipe = make(model=changed_model(change), **({"data": str(data)} if form == "chats" else {}))
+    with pytest.raises(DataError, match=message):
+        run.train(recipe, SILENT)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_samples_longer_than_learned_positions_are_refused_before_any_step(make, tiny, tmp_path):
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "gpt2")
+    config = GPT2Config(
+        vocab_size=300, n_positions=16, n_embd=8, n_layer=1, n_head=1, bos_token_id=None, eos_token_id=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    data = tmp_path / "lengths.jsonl"
+    data.write_text("".join(json.dumps({"text": "a" * length}) + "\n" for length in (3, 15, 16, 4)))
+    recipe = make(model=str(tmp_path / "gpt2"), data=str(data))
+    with pytest.raises(
+        DataError, match=r"training sample 3: expected at most 16 tokens.*found 17\. Set max_length: 16"
+    ):
+        run.train(recipe, SILENT)
+    run.prepare(run.load(recipe.model_copy(update={"max_length": 16}), SILENT), SILENT)
 
 
 def test_padding_that_hides_the_end_is_refused(tiny):

@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft_written import SAID, gpt2, llama, outputs, rewritten, stack, written
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 from zoo import left_as_it_was
 
 import rankwise as rw
@@ -242,6 +243,7 @@ SPELLINGS: dict[str, tuple[str, str]] = {
     "without the prefix": ("base_model.model.1.", "1."),
     "with half of it": ("base_model.model.1.", "model.1."),
     "a bare pair": ("1.lora_A.weight", "1.lora_A"),
+    "a whole module's without the prefix": ("base_model.model.3.", "3."),
     "with an adapter's name": ("1.lora_B.weight", "1.lora_B.default.weight"),
     "a weight of an embedding's": ("0.lora_embedding_A", "0.lora_embedding_A.weight"),
 }
@@ -250,7 +252,7 @@ SPELLINGS: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("both", [False, True], ids=["instead", "both"])
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_names_that_peft_does_not_read(name: str, both: bool, tmp_path: Path):
-    written(stack(), tmp_path, r=2, target_modules=["0", "1"])
+    written(stack(), tmp_path, r=2, target_modules=["0", "1"], modules_to_save=["3"])
     path, (old, new) = tmp_path / "adapter_model.safetensors", SPELLINGS[name]
     tensors = load_file(path)
     renamed = {key.replace(old, new): tensor.clone() for key, tensor in tensors.items()}
@@ -259,3 +261,66 @@ def test_names_that_peft_does_not_read(name: str, both: bool, tmp_path: Path):
     with left_as_it_was(model), pytest.raises(UnexpectedTensor, match="belongs to no adapter site, and PEFT would"):
         rw.load(model, tmp_path)
     assert any(problem.startswith("UnexpectedTensor") for problem in inspect(tmp_path).problems)
+
+
+# ------------------------------------------------------------------------------------------- names that files have had
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.fc, self.score = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.score(torch.tanh(self.fc(self.embed(ids))))
+
+
+def _renamed_tensors(where: Path, names: dict[str, str]) -> None:
+    path = where / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({names.get(key, key): tensor for key, tensor in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("spelling", ["score.modules_to_save.weight", "score.modules_to_save.default.weight"])
+@pytest.mark.parametrize("named", [True, False], ids=["named", "by its task"])
+def test_heads_as_older_releases_wrote_them(spelling: str, named: bool, tmp_path: Path):
+    """The trained copy beside the original, and a head that only the task tells of."""
+    base = Classifier()
+    expected = outputs(written(base, tmp_path, r=2, target_modules=["fc"], modules_to_save=["score"]))
+    prefix = "base_model.model."
+    names = {f"{prefix}score.{part}": f"{prefix}{spelling.replace('weight', part)}" for part in ("weight", "bias")}
+    _renamed_tensors(tmp_path, names)
+    path = tmp_path / "adapter_model.safetensors"
+    originals = {f"{prefix}score.original_module.{key}": value for key, value in base.score.state_dict().items()}
+    save_file(load_file(path) | originals, path)
+    rewritten(tmp_path, modules_to_save=["score"] if named else None, task_type="SEQ_CLS", bias=None)
+    report = inspect(tmp_path)
+    assert not report.problems and report.replaced == ("score",)
+    assert (outputs(rw.load(copy.deepcopy(base), tmp_path)) - expected).abs().max() <= 1e-5
+
+
+def _llava() -> nn.Module:
+    torch.manual_seed(1)
+    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "image_size": 8, "patch_size": 4}  # fmt: skip
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=63)).eval()
+
+
+def test_paths_that_transformers_renamed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """LLaVA's language model moved from language_model.model to model.language_model."""
+    base = _llava()
+    targets = r".*language_model.*\.(q_proj|down_proj)"
+    expected = outputs(written(base, tmp_path, size=0.2, r=2, target_modules=targets))
+    path = tmp_path / "adapter_model.safetensors"
+    old = {
+        key.replace("model.language_model.", "language_model.model."): value for key, value in load_file(path).items()
+    }
+    assert old.keys().isdisjoint(load_file(path))
+    save_file(old, path)
+    ours = rw.load(copy.deepcopy(base), tmp_path)
+    assert (outputs(ours) - expected).abs().max() <= 1e-5
+    assert "4 modules have other names in this transformers, such as language_model.model.layers.0" in caplog.text
+    assert (outputs(PeftModel.from_pretrained(base, str(tmp_path))) - expected).abs().max() <= 1e-5

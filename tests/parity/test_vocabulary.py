@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from peft_written import IDS, SAID, llama, outputs, written
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft_written import IDS, SAID, llama, outputs, perturb_peft, written
 from safetensors.torch import load_file
 from torch import nn
 from zoo import left_as_it_was, perturb
 
 import rankwise as rw
-from rankwise.errors import AttachError, ShapeMismatch
+from rankwise.adapted.adapted import Adapted
+from rankwise.errors import AttachError, BaseMismatch, ShapeMismatch, UnexpectedTensor, UnsupportedAdapter
 from rankwise.inspection.inspection import inspect
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID]
@@ -151,3 +152,75 @@ def test_trained_copies_follow_a_resized_vocabulary(tmp_path: Path):
     other = tied()
     other.resize_token_embeddings(70)
     assert (outputs(rw.load(other, tmp_path)) - outputs(model)).abs().max() <= 1e-5
+
+
+# --------------------------------------------------------------------------------- whole embeddings that a file brings
+
+
+def _grown(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """The base with six tokens more, whose rows depend on the seed."""
+    model = build()
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    return model
+
+
+EMBEDDINGS: dict[str, list[str]] = {
+    "beside": ["q_proj"],
+    "adapted": ["q_proj", "embed_tokens"],
+    "both adapted": ["q_proj", "embed_tokens", "lm_head"],
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+@pytest.mark.parametrize("build", [tied, llama], ids=["tied", "untied"])
+def test_embeddings_that_peft_saves_of_a_resized_vocabulary(build: Callable[[], nn.Module], name: str, tmp_path: Path):
+    peft = get_peft_model(_grown(build, 7), LoraConfig(r=2, target_modules=EMBEDDINGS[name]))
+    perturb_peft(peft)
+    peft.save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
+    base = _grown(build, 8)
+    expected = outputs(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a")))
+    assert (outputs(base)[..., 64:] - expected[..., 64:]).abs().max() > 1e-3
+    ours = rw.load(copy.deepcopy(base), tmp_path / "a")
+    assert (outputs(ours) - expected).abs().max() <= 1e-5
+    assert not inspect(tmp_path / "a").problems
+    rw.save(ours, tmp_path / "b")
+    for again in (
+        rw.load(copy.deepcopy(base), tmp_path / "b"),
+        PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "b")),
+    ):
+        assert (outputs(again) - expected).abs().max() <= 1e-5
+    assert torch.equal(outputs(rw.detach(ours)), outputs(base))
+    small = build()
+    with left_as_it_was(small), pytest.raises(ShapeMismatch, match=r"resize_token_embeddings\(70\)"):
+        rw.load(small, tmp_path / "a")
+    with left_as_it_was(base), pytest.raises(UnexpectedTensor, match="would replace a whole tensor"):
+        rw.load(base, tmp_path / "a", modules_to_save=())
+
+
+def test_embeddings_that_are_the_bases_own_are_not_replaced(tmp_path: Path):
+    peft = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    perturb_peft(peft)
+    peft.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    ours = rw.load(llama(), tmp_path)
+    assert (outputs(ours) - outputs(peft)).abs().max() <= 1e-5
+    assert not Adapted.of(ours).whole_modules
+
+
+def test_embeddings_of_another_base_are_refused(tmp_path: Path):
+    peft = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    peft.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    other = llama()
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.5)
+    with left_as_it_was(other), pytest.raises(BaseMismatch, match=r"embed_tokens.weight whole, and \d+% of its rows"):
+        rw.load(other, tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_relative_pair_on_a_tied_head(start: str, tmp_path: Path):
+    """PEFT's start would change the embedding with it."""
+    peft = get_peft_model(tied(), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=start))
+    peft.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    with pytest.raises(UnsupportedAdapter, match="lm_head: its weight is shared by"):
+        rw.load(tied(), tmp_path)

@@ -188,14 +188,15 @@ def test_what_it_does_not_open(tmp_path: Path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_hubs_cache_is_read_through_its_links(tmp_path: Path):
-    """models--x/snapshots/<revision>/* are links to models--x/blobs."""
-    snapshot, blobs = tmp_path / "models--me--it" / "snapshots" / "abc", tmp_path / "models--me--it" / "blobs"
+@pytest.mark.parametrize("place", ["models--me--it/snapshots/abc", "models--me--it/snapshots/abc/epoch/3", "mine"])
+def test_the_hubs_cache_is_read_through_its_links(place: str, tmp_path: Path):
+    """models--x/snapshots/<revision>/* are links to models--x/blobs; so are a download's to another directory."""
+    snapshot, blobs = tmp_path / place, tmp_path / "models--me--it" / "blobs"
     adapter(snapshot)
-    blobs.mkdir()
+    blobs.mkdir(parents=True)
     for number, path in enumerate(sorted(snapshot.iterdir())):
         path.rename(blobs / str(number))
-        path.symlink_to(f"../../blobs/{number}")
+        path.symlink_to(blobs / str(number))
     found = inspect(snapshot)
     assert (found.problems, found.notes, len(found.files)) == ((), (), 3)
     rw.load(zoo_and_inputs(names=["linear", "wide"])[0], snapshot)

@@ -248,12 +248,12 @@ def parabola(best, tried):
     return Parabola(nn.Identity(), [[]] * 10, [None], squares, lambda rate: torch.optim.SGD([torch.zeros(1)], rate))
 
 
-@given(st.floats(-3.4, 3.4))
+@given(st.floats(-5.4, 5.4))
 def test_the_choice_is_the_rung_next_to_the_best_within_the_steps_announced(distance):
     best, tried = 1e-3 * 2.0**distance, []
     choice = Search([Rule(0.5e-3, "a rule"), Rule(2.0, "another")], parabola(best, tried), 1000).choose()
     assert choice.bracketed
-    assert max(choice.rate / best, best / choice.rate) <= 2**0.5 * 1.001
+    assert choice.rate == pytest.approx(best, rel=0.05)  # a parabola's least, to two digits
     assert choice.steps == 10 * len(tried) <= 10 * MOST_RATES
     assert [rate for rate, _ in choice.tried] == sorted(tried)
 
@@ -261,11 +261,11 @@ def test_the_choice_is_the_rung_next_to_the_best_within_the_steps_announced(dist
 def test_a_best_rate_at_the_edge_is_said():
     choice = Search([Rule(1e-3, "a rule")], parabola(1.0, []), 1000).choose()
     assert not choice.bracketed
-    assert "at the edge" in str(choice)
+    assert "at the edge" in str(choice) and choice.rate == max(rate for rate, _ in choice.tried)
 
 
 def test_no_rate_that_trains_is_an_error():
-    with pytest.raises(Diverged, match=r"none from 6\.25e-05 to 0\.002"):
+    with pytest.raises(Diverged, match=r"none from 1\.5625e-05 to 0\.002"):
         Search([Rule(1e-3, "a rule")], parabola(1e-9, []), 1000).choose()
 
 

@@ -229,6 +229,16 @@ def test_sharegpts_calls(load) -> None:
     assert learnt == '<tool_call>clock{"zone": "UTC"}</tool_call><|im_end|>\nnine<|im_end|>\n'
 
 
+def test_openais_functions_before_there_were_tools(load) -> None:
+    tokenizer = chat_tokenizer(tiny_chats.CHATML)
+    called = {"role": "assistant", "content": None, "function_call": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+    answered = {"role": "function", "name": "clock", "content": "9"}
+    record = {"messages": [CHAT[0], called, answered, CHAT[3]], "functions": [TOOL["function"]]}
+    ((text, learnt),) = pieces(tokenizer, load(record))
+    assert f"# Tools\n{json.dumps(TOOL)}\n<|im_end|>" in text and "<|im_start|>tool\n9<|im_end|>" in text
+    assert learnt == '<tool_call>clock{"zone": "UTC"}</tool_call><|im_end|>\nbye<|im_end|>\n'
+
+
 def test_alpacas_system_and_history(load) -> None:
     record = {
         "instruction": "Add.",

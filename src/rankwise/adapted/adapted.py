@@ -245,6 +245,7 @@ class Adapted:
         end_watch(self.root)
         for path, parameter in self.root.named_parameters():  # one that came later keeps what it was given
             parameter.requires_grad_(self.base_flags.get(path, parameter.requires_grad))
+        vars(self.root).pop("save_pretrained", None)  # see rankwise.format.save_pretrained; the class has its own
         delattr(self.root, ADAPTED)
 
 

@@ -80,7 +80,7 @@ def _capture(
     """A forward hook that waits for the gradient of the layer's output."""
     show = partial(observe, name, layer)
     start = torch.empty(0, requires_grad=True)  # with everything frozen the graph starts here
-    return _Watched.apply(writable(output), layer_input(args, kwargs), start, name, show)  # type: ignore[no-any-return, no-untyped-call]
+    return _Watched.apply(writable(layer, output), layer_input(args, kwargs), start, name, show)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Watched(torch.autograd.Function):

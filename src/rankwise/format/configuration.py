@@ -34,6 +34,12 @@ _NEUTRAL: dict[str, Any] = {
     "ensure_weight_tying": False,
 }
 _OFF: tuple[Any, ...] = (None, False, "", [], {})
+# Task → the heads that PEFT trains whole, without being told, where the model has them.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _RUNS_CODE = ("auto_map", "trust_remote_code", "custom_code")
 _TYPES: dict[str, type] = {
     "base_model_name_or_path": str,
@@ -81,7 +87,7 @@ def stated_fields(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "rank_pattern": {} if pruned else config.get("rank_pattern") or {},
         "alpha_pattern": {} if pruned else config.get("alpha_pattern") or {},
         "exclude_modules": config.get("exclude_modules") or (),
-        "modules_to_save": config.get("modules_to_save") or (),
+        "modules_to_save": _whole_modules(config),
         "dropout": config.get("lora_dropout") or 0.0,
         "variant": variant_marked(config),
     }
@@ -89,6 +95,12 @@ def stated_fields(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         return {name: checked(name, value) for name, value in fields.items()}
     except SpecError as error:
         raise SpecError(f"{source}: {error}") from None
+
+
+def _whole_modules(config: Mapping[str, Any]) -> Any:
+    """The modules that are trained whole: those named, and the heads that PEFT adds for a task."""
+    names, heads = config.get("modules_to_save") or [], _HEADS.get(str(config.get("task_type")), ())
+    return [*names, *heads] if isinstance(names, list) else names
 
 
 def _check_supported(source: Path, config: Mapping[str, Any]) -> None:

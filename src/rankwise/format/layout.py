@@ -12,7 +12,17 @@ from typing import Any, TypeVar
 from rankwise.errors import MissingTensor, ShapeMismatch, SpecError, TargetError, UnexpectedTensor, UnsupportedAdapter
 from rankwise.format.adalora import as_plain_pair
 from rankwise.format.configuration import is_adalora, pair_variants
-from rankwise.format.names import BASE_COPY, CONFIG, EMBEDDING_PAIR, PAIR, PREFIX, TENSORS, site_and_suffix
+from rankwise.format.names import (
+    BASE_COPY,
+    CONFIG,
+    EMBEDDING_PAIR,
+    PAIR,
+    PREFIX,
+    TENSORS,
+    is_embedding,
+    site_and_suffix,
+    whole_name,
+)
 from rankwise.patterns import keys_under, pattern_values
 from rankwise.scaling import declared
 
@@ -20,9 +30,27 @@ T = TypeVar("T")
 
 
 def whole_keys(keys: Iterable[str], config: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """Those of a file's names that are of modules trained whole, which stand there under their own names."""
-    under = keys_under(fields["modules_to_save"], keys)
-    return [key for key in under if site_and_suffix(key, bare_pairs=is_adalora(config)) is None]
+    """Those of a file's names that stand for a module's own tensors: of modules trained whole, and of embeddings."""
+    names = [key for key in keys if key.startswith(PREFIX)]
+    whole = {*keys_under(fields["modules_to_save"], names), *filter(is_embedding, names)}
+    pairs = is_adalora(config)
+    return [key for key in names if key in whole and site_and_suffix(key, bare_pairs=pairs) is None]
+
+
+def whole_tensors(source: Path, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Name in the model → tensor, of what :func:`whole_keys` names; PEFT's copies of what they replaced are left out.
+
+    Raises:
+        UnexpectedTensor: two are meant for one name.
+    """
+    named: dict[str, T] = {}
+    for key, tensor in tensors.items():
+        name = whole_name(key)
+        if name in named:
+            raise UnexpectedTensor(f"{source}: {key} is a second {name}; expected one")
+        if name is not None:
+            named[name] = tensor
+    return named
 
 
 def by_site(source: Path, tensors: Mapping[str, T], config: Mapping[str, Any]) -> dict[str, dict[str, T]]:

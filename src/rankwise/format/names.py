@@ -10,6 +10,9 @@ OWN = "RANKWISE_"  # begins the ``peft_type`` of an adapter that no pair express
 PREFIX = "base_model.model."  # before a module's path
 PAIR, EMBEDDING_PAIR = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 BASE_COPY = "base_layer"  # PEFT saves an adapted embedding's own weight along
+# Modules whose weights PEFT saves whole without being told, where the vocabulary was resized.
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings")
+_TRAINED, _ORIGINAL = "modules_to_save", "original_module"  # what PEFT's wrapper of a module trained whole holds
 _EITHER = ("lora_magnitude_vector",)  # with and without ".weight"
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<suffix>lora_\w+|{BASE_COPY})(?P<weight>\.weight)?")
 
@@ -27,3 +30,25 @@ def site_and_suffix(key: str, *, bare_pairs: bool = False) -> tuple[str, str] | 
     has_weight = suffix == BASE_COPY or (suffix in PAIR and not bare_pairs)
     spelt = suffix in _EITHER or bool(match["weight"]) == has_weight
     return (match["path"], suffix) if spelt else None
+
+
+def whole_name(key: str) -> str | None:
+    """The name in the model of a tensor that a file has whole; None of an original that a trained copy stands beside.
+
+    >>> whole_name("base_model.model.score.weight")
+    'score.weight'
+    >>> whole_name("base_model.model.head.classifier.modules_to_save.default.0.weight")
+    'head.classifier.0.weight'
+    """
+    parts = key.removeprefix(PREFIX).split(".")
+    if _TRAINED in parts:
+        place = parts.index(_TRAINED)
+        named = parts[place + 1 : place + 2] == ["default"]  # an adapter's name
+        del parts[place : place + 1 + named]
+    return None if _ORIGINAL in parts else ".".join(parts)
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a tensor's name is that of a weight or bias of an embedding or an output head."""
+    path, _, last = key.rpartition(".")
+    return last in ("weight", "bias") and path.rpartition(".")[2] in EMBEDDINGS

@@ -22,8 +22,8 @@ from rankwise.disk import json_bytes, write_files
 from rankwise.errors import SpecError, UnsupportedAdapter
 from rankwise.files import read_json
 from rankwise.format.configuration import read_extra, read_unlike_peft, relative_start, stated_fields, variant_recorded
-from rankwise.format.layout import SiteReader, StoredSite, by_site, whole_keys
-from rankwise.format.names import CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
+from rankwise.format.layout import SiteReader, StoredSite, by_site, whole_keys, whole_tensors
+from rankwise.format.names import BASE_COPY, CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
 from rankwise.format.selection import stated_selection
 from rankwise.methods import name_of
 from rankwise.scaling import Scaling, declared
@@ -48,7 +48,7 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     for path, site in adapter.sites.items():
         tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in _wire(site).items()}
-    tensors |= {f"{PREFIX}{key}": tensor for key, tensor in adapter.saved.items()}
+    tensors |= {_whole_key(key, adapter.sites): tensor for key, tensor in adapter.saved.items()}
     extra = {
         "format_version": FORMAT_VERSION,
         "spec": adapter.spec.to_dict(),
@@ -89,6 +89,12 @@ def _wire(site: SiteAdapter) -> dict[str, Tensor]:
     return {"lora_A.weight": A, "lora_B.weight": B, **site.extra}
 
 
+def _whole_key(name: str, sites: Mapping[str, SiteAdapter]) -> str:
+    """The file's name for a tensor that is saved whole; of an adapted layer's own weight, PEFT's."""
+    path, _, last = name.rpartition(".")
+    return f"{PREFIX}{path}.{BASE_COPY}.{last}" if path in sites else f"{PREFIX}{name}"
+
+
 def _conv_A(A: Tensor, kernel: tuple[int, ...], groups: int) -> Tensor:
     """[r, in/groups·kh·kw] as (groups·r, in, kh, kw): PEFT's lora_A sees all channels, so A stands once per group."""
     filters = A.reshape(-1, *kernel)
@@ -107,7 +113,7 @@ def _config(adapter: Adapter) -> dict[str, Any]:
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base_model,
         "r": rank,
         "lora_alpha": alpha,
@@ -171,7 +177,7 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
     """Like :func:`read_adapter`; where the configuration has a relative start, with the pairs as they are stored."""
     fields = stated_fields(folder / CONFIG, config)
     tensors = read_tensors(folder / TENSORS)
-    whole = {key.removeprefix(PREFIX): tensors.pop(key) for key in whole_keys(tensors, config, fields)}
+    whole = {key: tensors.pop(key) for key in whole_keys(tensors, config, fields)}
     parts = by_site(folder / TENSORS, tensors, config)
     stated_selection(folder / CONFIG, config, fields).check(parts)
     reader = SiteReader(folder, config, fields, list(parts))
@@ -185,8 +191,9 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
         one_of_each(sites),
         probes,
         config.get("base_model_name_or_path"),
-        whole,
+        whole_tensors(folder / TENSORS, whole),
         extra.get("base_quantised") is True,
+        task if isinstance(task := config.get("task_type"), str) else None,
     )
 
 

@@ -4,17 +4,18 @@ With ``init_lora_weights`` "pissa" or "olora" PEFT takes s·B₀A₀, which it f
 again whenever it reads the file. What such a file means is ΔW = s(BA − B₀A₀), here in the difference form.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank, difference
 from rankwise.errors import UnsupportedAdapter
-from rankwise.layers.kinds import Kind
+from rankwise.layers.kinds import Kind, parameter_owners
 from rankwise.layers.quantised import is_quantised
 from rankwise.shapes import Float
+from rankwise.sites import base_modules
 
 Start = tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]
 
@@ -37,6 +38,23 @@ def olora_start(layer: Any, kind: Kind, rank: int, scale: float) -> Start:
 
 
 STARTS: dict[str, Callable[[Any, Kind, int, float], Start]] = {"pissa": pissa_start, "olora": olora_start}
+
+
+def check_untied(start: str, model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse layers whose weight another module shares: PEFT's start changes that module too.
+
+    Raises:
+        UnsupportedAdapter: as it says.
+    """
+    owners, modules = parameter_owners(model), base_modules(model)
+    for path in paths:
+        layer: Any = modules.get(path)
+        tied = owners[id(layer.weight)] if isinstance(layer, nn.Linear) else []
+        if len(tied) > 1:
+            raise UnsupportedAdapter(
+                f"{path}: its weight is shared by {', '.join(tied)}, which init_lora_weights {start!r} changes along "
+                f"with it; expected a weight of its own: untie them, or train without"
+            )
 
 
 @torch.no_grad()

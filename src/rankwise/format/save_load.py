@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
@@ -29,8 +28,11 @@ from rankwise.format.in_use import resized_layers
 from rankwise.format.names import BASE_COPY, CONFIG, FILES, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_pairs, write_adapter
-from rankwise.format.relative import change_of_base
+from rankwise.format.relative import change_of_base, check_untied
+from rankwise.format.renamed import with_present_names
+from rankwise.format.save_pretrained import save_as_adapter
 from rankwise.format.selection import Selection, stated_selection
+from rankwise.format.vocabulary import changed_embeddings
 from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import forbid_repacking, is_quantised
 from rankwise.methods import name_of
@@ -142,6 +144,7 @@ def load(
         _check_base(root, adapter, folder)
     whole = _whole_values(root, adapter, folder / TENSORS)
     Adapted.ensure(model).add(name, adapter.spec, adapter.layers, whole, trainable=trainable)
+    save_as_adapter(model, save)
     return model
 
 
@@ -156,14 +159,24 @@ def _read(model: nn.Module, folder: Path) -> BuiltAdapter:
 
 def _built(model: nn.Module, adapter: Adapter, config: Mapping[str, Any], folder: Path) -> BuiltAdapter:
     """The adapter's layers, made for ``model``."""
+    adapter = with_present_names(model, adapter, folder / TENSORS)
     selection = stated_selection(folder / CONFIG, config, stated_fields(folder / CONFIG, config))
     _check_selected(model, adapter, selection, folder / TENSORS)
+    replaced = changed_embeddings(model, adapter, folder / TENSORS)
     modules, start = base_modules(model), relative_start(config)
-    layers = {path: _restored(modules, path, site, adapter.spec, start, folder) for path, site in adapter.sites.items()}
+    if start is not None:
+        check_untied(start, model, [path for path in adapter.sites if f"{path}.weight" not in replaced])
+    layers = {
+        path: _restored(modules, path, site, adapter.spec, start, replaced.get(f"{path}.weight"), folder)
+        for path, site in adapter.sites.items()
+    }
     if not adapter.base_probe:  # another library wrote it
         _check_convolutions(modules, layers, folder)
-    base = adapter.base_probe, adapter.base_model, adapter.base_quantised
-    return BuiltAdapter(adapter.spec, layers, adapter.saved, *base)
+    trained = adapter.spec.modules_to_save
+    whole = {name: adapter.saved[name] for name in keys_under(trained, adapter.saved)} | replaced
+    beside = {path for name in replaced if (path := name.rpartition(".")[0]) not in layers}
+    spec = replace(adapter.spec, modules_to_save=(*trained, *sorted(beside)))
+    return BuiltAdapter(spec, layers, whole, adapter.base_probe, adapter.base_model, adapter.base_quantised)
 
 
 def _whole_values(model: nn.Module, adapter: BuiltAdapter, source: Path) -> dict[str, dict[str, Tensor]]:
@@ -172,7 +185,8 @@ def _whole_values(model: nn.Module, adapter: BuiltAdapter, source: Path) -> dict
     PEFT lists heads that a model may have ("classifier", "score"): a name without tensors that fits no module is none.
     """
     known = {end for path in base_modules(model) for end in ends_of(path)}
-    modules = whole_modules(model, [name for name in adapter.spec.modules_to_save if name in known])
+    adapted = [path for path in adapter.layers if f"{path}.weight" in adapter.whole]  # with another weight of its own
+    modules = whole_modules(model, [*adapted, *(name for name in adapter.spec.modules_to_save if name in known)])
     expected: dict[str, Tensor] = {}
     values: dict[str, dict[str, Tensor]] = {}
     for path, module in modules.items():
@@ -220,20 +234,30 @@ def _check_selected(model: nn.Module, adapter: Adapter, selection: Selection, so
 
 
 def _restored(
-    modules: Mapping[str, nn.Module], path: str, site: SiteAdapter, spec: LoRA, start: str | None, folder: Path
+    modules: Mapping[str, nn.Module],
+    path: str,
+    site: SiteAdapter,
+    spec: LoRA,
+    start: str | None,
+    replaced: Tensor | None,
+    folder: Path,
 ) -> FoldableLayer:
-    """The layer of one site."""
+    """The layer of one site.
+
+    Args:
+        start: what PEFT took off the base before the pair was trained.
+        replaced: a weight that takes the place of the layer's own; the pair is then relative to that.
+    """
     assert isinstance(spec.variant, PairVariant)
     layer = base_layer(modules, path, folder)
     kind = kind_of(layer)
     _check_fits(layer, kind, path, site, folder)
-    extra = dict(site.extra)
-    _check_base_copy(layer, path, extra.pop(BASE_COPY, None), folder)
+    extra = {suffix: tensor for suffix, tensor in site.extra.items() if suffix != BASE_COPY}
     delta = site.delta
-    weight = kind.weight(layer)
+    weight = kind.weight(layer) if replaced is None else kind.matrix(layer, replaced.to(layer.weight))
     device, dtype = weight.device, fp32_or_finer(weight.dtype)
     moved = LowRank(delta.B.to(device, dtype), delta.A.to(device, dtype), delta.scale)
-    if start is not None:
+    if start is not None and replaced is None:
         moved = change_of_base(start, path, layer, kind, moved)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
     restored = spec.variant.restore(described, kind, weight, moved, extra)
@@ -249,18 +273,6 @@ def _check_convolutions(modules: Mapping[str, nn.Module], paths: Iterable[str], 
                 f"{folder}: {path} is a convolution with {left_out}, which PEFT's layer for it lacks: what it computes "
                 "is no change of the weight, and no file without rankwise.json is read for it; train it anew here"
             )
-
-
-def _check_base_copy(layer: Any, path: str, copy: Tensor | None, folder: Path) -> None:
-    """A base weight in the file (PEFT puts an adapted embedding's there) must be this model's own."""
-    if copy is None:
-        return
-    weight = layer.weight.detach()
-    if copy.shape != weight.shape or not torch.allclose(copy.to(weight), weight, rtol=1e-2, atol=1e-6):
-        raise BaseMismatch(
-            f"{folder}: holds a whole weight for {path} ({tuple(copy.shape)}) that is not this model's "
-            f"{tuple(weight.shape)} one, so the base was resized or trained; load that base first"
-        )
 
 
 def _check_fits(layer: Any, kind: Kind, path: str, site: SiteAdapter, folder: Path) -> None:

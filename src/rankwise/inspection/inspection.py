@@ -24,8 +24,8 @@ from rankwise.format.configuration import (
     stated_fields,
     variant_recorded,
 )
-from rankwise.format.layout import SiteReader, by_site, stray, whole_keys
-from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, PREFIX, TENSORS, site_and_suffix
+from rankwise.format.layout import SiteReader, by_site, stray, whole_keys, whole_tensors
+from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, TENSORS, site_and_suffix, whole_name
 from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import verdicts
@@ -77,9 +77,10 @@ def _inspect(folder: Path) -> Inspection:
         spec = plain_fields({**fields, "variant": variant_recorded(fields["variant"], extra)})
         with opened(folder / TENSORS, entries) as file:
             problems.catch(lambda: file.check_finite(whole))
+            problems.catch(lambda: whole_tensors(folder / TENSORS, whole))
             reader = problems.catch(lambda: SiteReader(folder, config, fields, list(parts)))
             sites = [] if reader is None else list(_sites(reader, parts, file, problems))
-    replaced = tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in whole))
+    replaced = tuple(dict.fromkeys(name.rpartition(".")[0] for name in map(whole_name, whole) if name))
     if replaced:
         notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
     start = relative_start(config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rankwise.algebra.precision import at_least_fp32, fp32_or_finer
 from rankwise.errors import EvidenceError, TargetError
 from rankwise.layers.increments import Dense, Increment, Outer
-from rankwise.layers.low_rank_product import add_low_rank, as_rows
+from rankwise.layers.low_rank_product import add_low_rank, as_rows, is_transformed, writable
 from rankwise.layers.quantised import dequantised
 from rankwise.shapes import Float, Shaped
 
@@ -52,7 +52,7 @@ class Kind(ABC):
         scale: float,
         dropout: float,
     ) -> Tensor:
-        """y + scale · B A applied to dropout(x); may write into y."""
+        """y + scale · B A applied to dropout(x); may write into y where only the caller's forward hook can hold it."""
 
     @abstractmethod
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Float[Tensor, "out in"]:
@@ -92,6 +92,7 @@ class _MatmulKind(Kind):
     """Layers that compute x Wᵀ + b on the last axis."""
 
     def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        y = y if is_transformed() else writable(layer, y)
         return add_low_rank(y, x, A, B, scale, dropout)
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:

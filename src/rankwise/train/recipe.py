@@ -200,8 +200,8 @@ class TrainingFields(_Section):
         default_factory=_own_learning_rate,
         description="Peak learning rate; auto: from rules and a short probe; default: the optimizer's own.",
     )
-    rate_probe_steps: Annotated[int, Field(ge=6)] | None = Field(
-        None, description="Optimizer steps that auto may take in all; default: 15 % of the run's, 60 to 120."
+    rate_probe_steps: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="Optimizer steps that auto may take in all; default: 15 % of the run's, 80 to 160."
     )
     per_device_train_batch_size: Positive = Field(8, description="Samples a step and device.")
     per_device_eval_batch_size: Positive = Field(8, description="Samples an evaluation step and device.")

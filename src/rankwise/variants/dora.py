@@ -65,9 +65,9 @@ class DoraLayer(LoraLayer):
             term = self.delta()
             B, A = (half.detach().to(self.base_norm.dtype) for half in (term.B, term.A))  # from forward mode too
             mixed = torch.addmm(self.kind.project(layer, A), B, A @ A.T, beta=2.0, alpha=term.scale)
-            added = mixed.mul_(B).sum(1).mul_(term.scale)
+            added = (mixed * B).sum(1) * term.scale
             square = (added + self.base_norm.square()).clamp(min=0.0)
-            return square.sqrt_(), added
+            return square.sqrt(), added
 
     def deviation(self, norm: Float[Tensor, " out"], added: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """d = m/‖W + ΔW‖ − 1 = ((m − ‖W‖) − (‖W + ΔW‖ − ‖W‖)) / ‖W + ΔW‖; differentiable in m.

@@ -71,7 +71,7 @@ def _dataset(rows: Iterator[Placed]) -> Dataset:
     encoded = ({name: _plain(value) for name, value in row.items()} | {"place": place} for place, row in rows)
     first = next(encoded)
     numbers = {name for name, value in first.items() if isinstance(value, int) or name == "given"}
-    features = Features({name: Value("int64" if name in numbers else "string") for name in first})
+    features = Features({name: Value("int64" if name in numbers else "large_string") for name in first})
     path = Path(_scratch().name) / f"{uuid4().hex}.arrow"
     with ArrowWriter(path=str(path), features=features) as writer:
         writer.write(first)

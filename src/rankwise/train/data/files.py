@@ -41,7 +41,7 @@ def read_file(source: str, *, held_out: bool = False, others: Collection[str] = 
     """
     path = Path(source)
     if path.is_dir():
-        return _read_saved(path, held_out)
+        return _readable(lambda directory, _: _read_saved(directory, held_out), path, None)
     if not path.is_file():
         raise DataError(
             f"{source}: expected an existing file ({', '.join(_READERS)}) or a built-in data set "
@@ -93,24 +93,28 @@ def _read_array(path: Path, compression: str | None) -> Iterator[Placed]:
     """The objects of an array, of which no more is in memory than the one that is read."""
     decoder = json.JSONDecoder()
     with _open(path, compression) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
-        rest, number = text.read(_CHUNK).lstrip()[1:].lstrip(), 1
+        rest, number = _from_next_sign(_from_next_sign("", text)[1:], text), 1
         while not rest.startswith("]"):
             place = f"{path}, record {number}"
             try:
                 record, end = decoder.raw_decode(rest)
             except (ValueError, RecursionError) as error:
                 if not (more := text.read(max(_CHUNK, len(rest)))):
-                    raise DataError(
-                        f"{place}: expected a JSON object, found {shortened(rest[:100])}: {error}."
-                    ) from None
+                    raise DataError(f"{place}: expected a JSON object, found {shortened(rest)}: {error}.") from None
                 rest += more
                 continue
             yield place, _object(record, place)
-            if not (rest := rest[end:].lstrip()):
-                rest = text.read(_CHUNK).lstrip()
+            rest = _from_next_sign(rest[end:], text)
             if rest[:1] not in (",", "]"):
-                raise DataError(f"{place}: expected a comma or the array's end after it, found {shortened(rest[:40])}.")
-            rest, number = rest.removeprefix(",").lstrip(), number + 1
+                raise DataError(f"{place}: expected a comma or the array's end after it, found {shortened(rest)}.")
+            rest, number = _from_next_sign(rest.removeprefix(","), text), number + 1
+
+
+def _from_next_sign(rest: str, text: io.TextIOWrapper) -> str:
+    """The rest of what was read, from its first sign that is no space; more is read where there is none."""
+    while not (rest := rest.lstrip()) and (more := text.read(_CHUNK)):
+        rest = more
+    return rest
 
 
 def _decoded(line: bytes, place: str) -> str:
@@ -190,8 +194,8 @@ def _read_arrow(path: Path, compression: str | None) -> Iterator[Placed]:
     """Arrow's stream, as datasets writes it, or its file with an index."""
     file = _open(path, compression)
     if file.peek(6).startswith(b"ARROW1"):
-        table = pyarrow.ipc.open_file(file.read() if compression else str(path)).read_all()
-        return _rows(str(path), table.schema, iter(table.to_batches()))
+        table = pyarrow.ipc.open_file(file.read() if compression else pyarrow.memory_map(str(path)))
+        return _rows(str(path), table.schema, map(table.get_batch, range(table.num_record_batches)))
     stream = pyarrow.ipc.open_stream(file)
     return _rows(str(path), stream.schema, stream)
 
@@ -222,20 +226,32 @@ def _read_saved(path: Path, held_out: bool) -> Iterator[Placed]:
 
 
 def _rows(name: str, schema: pyarrow.Schema, batches: Iterator[pyarrow.RecordBatch]) -> Iterator[Placed]:
-    """The rows of an Arrow table: a label as the name that its column gives it."""
+    """The rows of an Arrow table: a label as the name that its column gives it, JSON as what it says."""
     from datasets import ClassLabel, Features
 
-    features = Features.from_arrow_schema(schema)
+    try:
+        features = Features.from_arrow_schema(schema)
+    except ValueError as error:
+        raise DataError(
+            f"{name}: expected columns of types that the library datasets knows, found: {error}."
+        ) from error
     names = {key: kind.names for key, kind in features.items() if isinstance(kind, ClassLabel)}
+    encoded = Features({key: features[key] for key in features if _holds_json(schema.field(key).type)})
     number = 0
     for batch in batches:
         for row in batch.to_pylist():
             number += 1
-            record = {key: _without_nulls(value) for key, value in features.decode_example(row).items()}
+            decoded = encoded.decode_example({key: row[key] for key in encoded})
+            record = {key: _without_nulls(value) for key, value in row.items()} | decoded
             for key, labels in names.items():
                 if record[key] in range(len(labels)):
                     record[key] = labels[record[key]]
             yield f"{name}, record {number}", record
+
+
+def _holds_json(kind: pyarrow.DataType) -> bool:
+    inner = (kind.field(index).type for index in range(kind.num_fields))
+    return isinstance(kind, pyarrow.JsonType) or any(map(_holds_json, inner))
 
 
 def _without_nulls(value: Any) -> Any:

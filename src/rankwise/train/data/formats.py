@@ -84,7 +84,7 @@ def _classification(record: Record, place: str) -> Record:
     }
 
 
-_TEMPLATE = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+_TEMPLATE = ("tools", "functions", "chat_template_kwargs")  # what a chat template is given beside the messages
 
 # In the order in which they are looked for: `text` is last, since the others often bring one along.
 FORMATS: dict[str, Format] = {

@@ -11,15 +11,15 @@ Message = dict[str, Any]
 
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "documents")
 
-_ROLES = {  # of ShareGPT
+_ROLES = {  # of ShareGPT, and of OpenAI before there were tools
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
-    "function_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
+    "function": "tool",
 }
 
 
@@ -45,9 +45,10 @@ def conversation(
         chat += _chat(completion, f"{place}: completion")
     if all(message["role"] != "assistant" for message in chat[given or 0 :]):
         raise DataError(f"{where}: expected at least one message of the assistant to learn from, found none.")
+    tools = record.get("tools") or [{"type": "function", "function": each} for each in record.get("functions") or ()]
     return {
         "messages": chat,
-        "tools": _tools(record.get("tools"), f"{place}: tools"),
+        "tools": _tools(tools, f"{place}: tools"),
         "chat_template_kwargs": _options(record.get("chat_template_kwargs"), f"{place}: chat_template_kwargs"),
         "given": given,
     }
@@ -76,9 +77,13 @@ def _message(value: Any, place: str) -> Message:
     """A message with all its fields, under the names that chat templates know."""
     if isinstance(value, dict) and {"from", "value"} <= value.keys():
         value = _of_sharegpt(value, place)
+    if isinstance(value, dict) and value.get("function_call"):
+        calls = [{"type": "function", "function": value["function_call"]}]
+        value = {key: item for key, item in value.items() if key != "function_call"} | {"tool_calls": calls}
     if not isinstance(value, dict) or "role" not in value or not {"content", "tool_calls"} & value.keys():
         raise wrong_type(place, 'an object with "role" and "content" (ShareGPT: "from" and "value")', value)
-    message = value | {"role": text_of(value["role"], f"{place}.role")}
+    role = text_of(value["role"], f"{place}.role")
+    message = value | {"role": _ROLES.get(role, role)}
     message["content"] = _content(value.get("content"), place, optional=bool(value.get("tool_calls")))
     if value.get("tool_calls"):
         message["tool_calls"] = _calls(value["tool_calls"], f"{place}.tool_calls")
@@ -88,11 +93,11 @@ def _message(value: Any, place: str) -> Message:
 def _of_sharegpt(value: Message, place: str) -> Message:
     kept = {key: item for key, item in value.items() if key not in ("from", "value")}
     sender = text_of(value["from"], f"{place}.from")
-    message = kept | {"role": _ROLES.get(sender, sender), "content": value["value"]}
+    message = kept | {"role": sender, "content": value["value"]}
     if sender != "function_call":
         return message
     call = _json(value["value"], f"{place}.value", dict, "a call as a JSON object with name and arguments")
-    return message | {"content": None, "tool_calls": [{"type": "function", "function": call}]}
+    return message | {"role": "assistant", "content": None, "function_call": call}
 
 
 def _content(value: Any, place: str, *, optional: bool) -> str | list[Any] | None:

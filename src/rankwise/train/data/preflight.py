@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
@@ -59,6 +59,50 @@ def check_labels(
     if trained:
         return [f"{share} have every label masked and are left out. {cause}"]
     raise NoTrainableTokens(f"{share} have every label masked: expected tokens to train on, found none. {cause}")
+
+
+def check_fits(prepared: Dataset, what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model must have a row for each token, the one that pads too, and a place for it.
+
+    Raises:
+        DataError: names the first sample that does not fit.
+    """
+    rows, positions = model.get_input_embeddings().weight.shape[0], learned_positions(model)
+    if (pad := tokenizer.pad_token_id) is not None and pad >= rows:
+        raise DataError(
+            f"the tokenizer: expected a pad_token with a row in the model's embedding ({rows} rows), found "
+            f"{tokenizer.pad_token!r}, number {pad}. Choose one that the model has."
+        )
+    numbers = prepared[ROW] if ROW in prepared.column_names else range(1, len(prepared) + 1)
+    for number, ids in zip(numbers, prepared["input_ids"], strict=True):
+        if (largest := max(ids, default=0)) >= rows:
+            raise DataError(
+                f"{what} sample {number}: expected tokens with a row in the model's embedding ({rows} rows), found "
+                f"{tokenizer.decode([largest])!r}, number {largest}. Use the tokenizer that belongs to the model, or "
+                "resize its embedding and save it."
+            )
+        if positions is not None and len(ids) > positions:
+            raise DataError(
+                f"{what} sample {number}: expected at most {positions} tokens, the positions that the model has "
+                f"learned, found {len(ids)}. Set max_length: {positions}."
+            )
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has learned; None where it computes them, as by RoPE or ALiBi, and has no end.
+
+    They lie beside the embedding of the tokens: GPT-2's `wpe`, OPT's `embed_positions`, BERT's `position_embeddings`.
+    """
+    tokens = model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is tokens)
+    beside = model.get_submodule(path.rpartition(".")[0]).named_children()
+    for name, module in beside:
+        if isinstance(module, nn.Embedding) and module is not tokens and ("pos" in name or name == "wpe"):
+            # RoBERTa counts from behind the number that pads; OPT has rows that it says are no positions.
+            counted = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            said: int = getattr(model.config.get_text_config(), "max_position_embeddings", counted)
+            return min(counted, said)
+    return None
 
 
 def check_reached(model: PreTrainedModel, sites: Sequence[rw.Site]) -> None:

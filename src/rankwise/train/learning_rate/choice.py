@@ -23,11 +23,11 @@ from rankwise.train.learning_rate.rules import Rule, product
 from rankwise.train.trainer.optimizer_choice import optimizer_of
 from rankwise.train.trainer.trainer import AdapterTrainer
 from rankwise.train.trainer.variant_callback import training_hooks
-from rankwise.tuning import tune
+from rankwise.tuning import Tuned, tune
 
 T = TypeVar("T")
 FILE = "learning_rate.json"
-MOST_RATES = 6  # a best rate up to 8 times from the guess has neighbours on both sides
+MOST_RATES = 8  # a best rate up to 32 times the guess, or a 32th of it, has neighbours on both sides
 SHARE = 0.15  # of the run's steps, for all rates together ...
 LEAST_STEPS, MOST_STEPS = 10, 20  # ... but for each rate no fewer, and no more
 HELD_BACK = 6  # batches that a probe is judged on
@@ -38,6 +38,7 @@ class Choice:
     """A rate that was chosen, and why.
 
     Attributes:
+        rate: it, to two digits: where the parabola through the best of those tried and its neighbours is least.
         guess: the product of the rules, to two digits.
         reasons: the rules', with their factors.
         tried: rate and loss of the batches held back, by rate; None: it diverged.
@@ -58,8 +59,8 @@ class Choice:
 
     def __str__(self) -> str:
         losses = ", ".join(f"{rate:g}: {_shown(loss)}" for rate, loss in self.tried)
-        edge = "" if self.bracketed else "; the best is at the edge of them, a better one may lie beyond"
-        return f"Learning rate {self.rate:g}, of those tried in {self.steps} steps with their losses ({losses}){edge}."
+        edge = "" if self.bracketed else " The best is at the edge of them: a better one may lie beyond."
+        return f"Learning rate {self.rate:g}. Tried in {self.steps} steps, with their losses: {losses}.{edge}"
 
 
 def _shown(loss: float | None) -> str:
@@ -112,7 +113,27 @@ class Search:
             )
         tried = [(rate, None if math.isinf(loss) else loss) for rate, loss in tuned.tried.items()]
         steps = len(tried) * len(self.probe.steps)
-        return Choice(tuned.rate, self.guess, self.reasons, tried, tuned.bracketed, steps)
+        return Choice(least(tuned), self.guess, self.reasons, tried, tuned.bracketed, steps)
+
+
+def least(tuned: Tuned) -> float:
+    """Where the parabola through the best rung's loss and its neighbours', over the rate's logarithm, is least.
+
+    That is within half a rung of the best; it itself where a neighbour is missing, or diverged.
+
+    >>> least(Tuned(2e-3, 1.0, {1e-3: 1.1, 2e-3: 1.0, 4e-3: 1.3}, bracketed=True))
+    0.0017
+    """
+    rates = sorted(tuned.tried)
+    place = rates.index(tuned.rate)
+    around = rates[max(place - 1, 0) : place + 2]
+    losses = [tuned.tried[rate] for rate in around]
+    if len(around) < 3 or not all(map(math.isfinite, losses)):
+        return float(f"{tuned.rate:.2g}")
+    low, middle, high = losses
+    bend = low - 2 * middle + high
+    rungs = (low - high) / (2 * bend) if bend > 0 else 0.0
+    return float(f"{tuned.rate * (around[2] / around[1]) ** rungs:.2g}")
 
 
 def search(trainer: AdapterTrainer, sites: Sequence[Site]) -> Search:
@@ -155,7 +176,7 @@ def probe_length(run_steps: int) -> int:
     """Steps of each probe: so many that all of them take SHARE of the run's, within bounds.
 
     >>> probe_length(100), probe_length(600), probe_length(100_000)
-    (10, 15, 20)
+    (10, 11, 20)
     """
     return min(max(int(SHARE * run_steps / MOST_RATES), LEAST_STEPS), MOST_STEPS)
 

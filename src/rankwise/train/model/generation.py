@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
-from rankwise.errors import RecipeError, UnsupportedAdapter
+from rankwise.errors import DataError, UnsupportedAdapter
 from rankwise.train.data.chat import Conversation
 from rankwise.train.data.labels import read_labels
+from rankwise.train.data.preflight import learned_positions
 from rankwise.train.data.tokens import Prompt, prompt_ids
 from rankwise.train.model.merged import base_of
 from rankwise.train.model.pretrained import load_pretrained
@@ -31,10 +32,21 @@ class Sample:
 def before_and_after(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_new_tokens: int = 64
 ) -> Sample:
-    """Greedy answers without and with the adapter; a conversation goes through the chat template."""
+    """Greedy answers without and with the adapter; a conversation goes through the chat template.
+
+    Raises:
+        DataError: no prompt, one that the chat template refuses, or one that leaves the model no room to answer.
+    """
     text, ids = prompt_ids(tokenizer, prompt)
     if not text:
-        raise RecipeError("prompt: expected some text to continue, found none")
+        raise DataError("prompt: expected some text to continue, found none")
+    positions = learned_positions(model)
+    if positions is not None and len(ids) >= positions:
+        raise DataError(
+            f"prompt: expected fewer than {positions} tokens, the positions that the model has learned, found "
+            f"{len(ids)}. Shorten it."
+        )
+    max_new_tokens = max_new_tokens if positions is None else min(max_new_tokens, positions - len(ids))
     with rw.disabled(model):
         before = generate(model, tokenizer, ids, max_new_tokens)
     return Sample(text, before, generate(model, tokenizer, ids, max_new_tokens))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rankwise as rw
+from rankwise.errors import DataError
 from rankwise.train.data import preflight
 from rankwise.train.data.chat import Conversation, texts_of
-from rankwise.train.data.tokens import tokenised
+from rankwise.train.data.tokens import Prompt, tokenised
 from rankwise.train.model.generation import Sample, before_and_after
 from rankwise.train.model.pretrained import load_pretrained
 from rankwise.train.recipe import Recipe, TrainingFields
@@ -57,11 +58,14 @@ class CausalLM(Task):
             callbacks=[bar],
             recipe=recipe,
         )
-        warnings = preflight.check_labels(trainer.train_dataset, data.train, "training", tokenizer, recipe.max_length)
-        if data.eval is not None:
-            warnings += preflight.check_labels(
-                trainer.eval_dataset, data.eval, "held-out", tokenizer, recipe.max_length
-            )
+        warnings = []
+        for what, given, samples in (
+            ("training", data.train, trainer.train_dataset),
+            ("held-out", data.eval, trainer.eval_dataset),
+        ):
+            if given is not None:
+                preflight.check_fits(samples, what, loaded.model, tokenizer)
+                warnings += preflight.check_labels(samples, given, what, tokenizer, recipe.max_length)
         return trainer, warnings
 
     def summary(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> DataSummary:
@@ -84,17 +88,24 @@ class CausalLM(Task):
         """The first held-out prompt, or what a conversation's last answer answers; none of running text."""
         if held_out is None or "text" in held_out.column_names:
             return None
-        row = held_out[0]
-        if "prompt" in row:
-            prompt, reference = row["prompt"], row["completion"]
-        else:
-            conversation = Conversation.of(row)
-            turn = conversation.turns[-1] if conversation.given is None else conversation.given
-            prompt, reference = conversation.until(turn), "".join(texts_of(conversation.messages[turn])) or None
-        return replace(before_and_after(loaded.model, loaded.tokenizer, prompt), reference=reference)
+        prompt, reference = _asked(held_out[0])
+        try:
+            sample = before_and_after(loaded.model, loaded.tokenizer, prompt)
+        except DataError:  # no prompt to answer, or none that leaves room: no reason to lose a run that is through
+            return None
+        return replace(sample, reference=reference)
 
     def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
 
     def save(self, loaded: Loaded, adapter: Path) -> None:
         pass
+
+
+def _asked(row: Mapping[str, Any]) -> tuple[Prompt, str | None]:
+    """What a sample asks, and the answer that it has."""
+    if "prompt" in row:
+        return row["prompt"], row["completion"]
+    conversation = Conversation.of(row)
+    turn = conversation.turns[-1] if conversation.given is None else conversation.given
+    return conversation.until(turn), "".join(texts_of(conversation.messages[turn])) or None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rankwise as rw
 from rankwise.errors import DataError, RecipeError
 from rankwise.report.history import points
+from rankwise.train.data import preflight
 from rankwise.train.data.labels import save_labels
 from rankwise.train.data.records import read_records
 from rankwise.train.model.generation import Sample
@@ -88,6 +89,9 @@ class Classification(Task):
             callbacks=[bar],
             recipe=recipe,
         )
+        preflight.check_fits(trainer.train_dataset, "training", loaded.model, loaded.tokenizer)
+        if data.eval is not None:
+            preflight.check_fits(trainer.eval_dataset, "held-out", loaded.model, loaded.tokenizer)
         return trainer, []
 
     def summary(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> DataSummary:
@@ -160,7 +164,12 @@ def _encode(loaded: Loaded, texts: list[str], pairs: list[str | None]) -> dict[s
 
 def _longest(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The recipe's max_length, or less where the model has fewer positions."""
-    limits = (recipe.max_length, getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limits = (
+        recipe.max_length,
+        getattr(model.config, "max_position_embeddings", None),
+        preflight.learned_positions(model),
+        tokenizer.model_max_length,
+    )
     return min((limit for limit in limits if limit is not None), default=None)
 
 
