@@ -165,7 +165,7 @@ class EarlierChange(nn.Module):
 
 
 def _put(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> None:
-    """Make these, named as in the layer's state, the tensors of its pair, start and earlier change; it has no others."""
+    """Make these, by their names in the layer's state, its pair, start and earlier change; it has no others."""
     like = layer.lora_A.data
     own = {name: tensor.detach().to(like, copy=True).contiguous() for name, tensor in tensors.items()}
     layer.lora_A.data, layer.lora_B.data = own["lora_A"], own["lora_B"]
