@@ -306,6 +306,26 @@ def learning_rates() -> str:
     )
 
 
+def squeezing() -> str:
+    """Test losses: the wide run at the same step, squeezed, and at the end; means over seeds."""
+    content = result("squeezing")
+    groups: dict[tuple[int, int, bool], list[dict[str, Any]]] = {}
+    for run in content["runs"]:
+        for fork in run["shipped"]:
+            groups.setdefault((fork["rank"], fork["repair"], fork["weighted"]), []).append(fork)
+    rows = []
+    for (rank, repair, weighted), forks in sorted(groups.items(), key=lambda item: (-item[0][0], *item[0][1:])):
+        tests = [[fork[when]["test"] for fork in forks] for when in ("wide", "squeezed", "repaired")]
+        spread = f" ± {stdev(tests[-1]):.3f}" if len(forks) > 1 else ""
+        error = f"{fmean(fork['error'] for fork in forks):.1%}"
+        losses = [f"{fmean(values):.3f}" for values in tests]
+        rows.append([str(rank), str(repair), "outputs" if weighted else "weights", error, *losses[:2], losses[2] + spread])
+    wide = [run["wide"]["test"] for run in content["runs"]]
+    head = ["rank", "steps after", "lost in", "error", "before", "squeezed", "at step 80, ± sd over seeds"]
+    said = f"Rank {content['rank']} itself ends at {fmean(wide):.3f}" + (f" ± {stdev(wide):.3f}" if len(wide) > 1 else "")
+    return f"{said} ({len(wide)} seeds). Loss on the test part of the wind tunnel:\n\n" + table(head, rows)
+
+
 def measured() -> str:
     return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
 
@@ -324,7 +344,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/learning_rate.md": {"learning-rate": learning_rates},
     "docs/design.md": {"order": order},
-    "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora, "wind-tunnel": wind_tunnel},
+    "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora, "wind-tunnel": wind_tunnel, "squeezing": squeezing},
 }
 
 
