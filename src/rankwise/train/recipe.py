@@ -18,9 +18,10 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rankwise.errors import RecipeError, SpecError
+from rankwise.files import expand_user
 from rankwise.methods import row
 from rankwise.optim import OPTIMIZERS
 from rankwise.spec import METHOD_FIELDS, LoRA, checked, plain_fields
@@ -30,6 +31,7 @@ Method = str | dict[str, Any]
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+UserPath = Annotated[str, AfterValidator(expand_user)]  # a path, or a name that stands for something built in
 
 
 class _Section(BaseModel):
@@ -41,7 +43,7 @@ class _Section(BaseModel):
 class ModelFields(_Section):
     """Model"""
 
-    model: str = Field(
+    model: UserPath = Field(
         description="Base model: a directory, a hub name in your cache, or smollm2-135m, minilm-l6 (built in)."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -56,11 +58,11 @@ class ModelFields(_Section):
 class DataFields(_Section):
     """Data"""
 
-    data: str = Field(description="Training data: a .jsonl or .parquet file, or kjv, movie-reviews (built in).")
+    data: UserPath = Field(description="Training data: a .jsonl or .parquet file, or kjv, movie-reviews (built in).")
     data_format: Literal["auto", "messages", "prompt-completion", "text", "alpaca", "classification"] = Field(
         "auto", description="Shape of the samples; auto reads it off the column names."
     )
-    eval_data: str | None = Field(None, description="Held-out data, same kinds as `data`.")
+    eval_data: UserPath | None = Field(None, description="Held-out data, same kinds as `data`.")
     eval_split: Share | Positive | None = Field(
         None, description="Without eval_data: the share (0.05) or number (200) of samples to hold out."
     )
@@ -120,7 +122,7 @@ class StartFields(_Section):
     init_memory: Annotated[float, Field(gt=0)] | None = Field(
         None, description="GiB that exact gradients may take at a time; default 2."
     )
-    init_cache: str | None = Field(
+    init_cache: UserPath | None = Field(
         None, description="File that keeps the gradients, for runs with the same weights, batches and settings."
     )
 
@@ -151,7 +153,7 @@ def _own_learning_rate(fields: Mapping[str, Any]) -> float:
 class TrainingFields(_Section):
     """Training"""
 
-    output_dir: str = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
+    output_dir: UserPath = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
     learning_rate: float = Field(
         default_factory=_own_learning_rate, gt=0, description="Peak learning rate; default: the optimizer's own."
     )
@@ -176,7 +178,7 @@ class TrainingFields(_Section):
     save_steps: Positive = Field(500, description="Steps between two checkpoints.")
     save_total_limit: Positive | None = Field(None, description="Keep only this many valid checkpoints.")
     report_to: str | list[str] = Field("none", description="Where to report: none, tensorboard, wandb ...")
-    resume_from_checkpoint: bool | str | None = Field(
+    resume_from_checkpoint: bool | UserPath | None = Field(
         None, description="true: the newest valid checkpoint in output_dir; or a checkpoint directory."
     )
     resume_anyway: bool = Field(False, description="Resume although the recipe, data, machine or versions changed.")
