@@ -1,8 +1,8 @@
 """Train wide, ship narrow: rank 64 in the wind tunnel, squeezed to 8 and 4 before its last 0, 4 or 8 steps.
 
 All runs are of 80 steps, LoRA with AdamW (betas 0.8 and 0.99), at the rate that is best for rank 64. What is lost is
-counted in the weights, or in the outputs of the layers on the next 8 training batches. One run of rank 64 forks at each
-of the three places, so that all the figures of a seed share it.
+counted in the weights, or in the layers' outputs on the next 8 training batches. One run of rank 64 forks at each of
+the three places, so that all of a seed's figures share it.
 
     python benchmarks/squeezing.py
 """
@@ -10,6 +10,7 @@ of the three places, so that all the figures of a seed share it.
 import argparse
 import json
 from copy import deepcopy
+from itertools import product
 from typing import Any
 
 import common
@@ -47,7 +48,7 @@ def shipped(
     for number in range(STEPS - repair, STEPS):
         step(model, optimizer, windows(tunnel.texts["train"], BATCH, same), number)
     facts = {"rank": rank, "repair": repair, "weighted": weighted, "error": round(squeezed.error, 4)}
-    return {**facts, "squeezed": after, "repaired": tunnel.judged(model)}
+    return {**facts, "squeezed": after, "repaired": tunnel.judged(model) if repair else after}
 
 
 def run(tunnel: Tunnel, rate: float, seed: int) -> dict[str, Any]:
@@ -56,11 +57,11 @@ def run(tunnel: Tunnel, rate: float, seed: int) -> dict[str, Any]:
     forks = []
     for number in range(STEPS + 1):
         if STEPS - number in REPAIRS:
-            for rank in RANKS:
-                for weighted in (False, True):
-                    fork = shipped(tunnel, model, generator, rate, rank, STEPS - number, weighted=weighted)
-                    forks.append({"wide": tunnel.judged(model), **fork})
-                    print(json.dumps({"seed": seed, **forks[-1]}), flush=True)
+            wide = tunnel.judged(model)
+            for rank, weighted in product(RANKS, (False, True)):
+                fork = shipped(tunnel, model, generator, rate, rank, STEPS - number, weighted=weighted)
+                forks.append({"wide": wide, **fork})
+                print(json.dumps({"seed": seed, **forks[-1]}), flush=True)
         if number < STEPS:
             step(model, optimizer, windows(tunnel.texts["train"], BATCH, generator), number)
     return {"seed": seed, "rate": rate, "wide": tunnel.judged(model), "shipped": forks}

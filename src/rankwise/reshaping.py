@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted
-from rankwise.adapter import targets_among
+from rankwise.adapter import one_of_each
+from rankwise.algebra.low_rank import LowRank
 from rankwise.attaching import activate, attach, detach
 from rankwise.collection import Collection
 from rankwise.errors import SpecError
@@ -22,7 +23,6 @@ from rankwise.format.save_load import portable
 from rankwise.inits.base import Init
 from rankwise.methods import name_of
 from rankwise.planning import plan
-from rankwise.sites import base_modules
 from rankwise.spec import LoRA
 from rankwise.squeezing import Inputs, Squeezed, squeeze
 from rankwise.variants import VARIANTS
@@ -91,8 +91,9 @@ def restart(
     adapted = Adapted.of(model)
     name, root = adapted.adapter_name(None), adapted.root
     layers = _lora_layers(adapted, name)
-    targets = targets_among(base_modules(root), list(layers))
-    spec = replace(adapted.specs[name], seed=seed, target_modules=targets, exclude_modules=(), modules_to_save=())
+    spec = replace(
+        adapted.specs[name], seed=seed, target_modules=one_of_each(layers), exclude_modules=(), modules_to_save=()
+    )
     planned = plan(root, spec, method=method, memory_budget=memory_budget)
     attach(root, spec, evidence=_present(root, planned.evidence, batches, loss), name=_FRESH)
     for path, fresh in _lora_layers(adapted, _FRESH).items():
@@ -115,8 +116,8 @@ def _present(
 def _begin_anew(layer: LoraLayer, fresh: LoraLayer, kept_rank: int | None) -> None:
     change = layer.delta()
     kept = change if kept_rank is None or change.rank <= kept_rank else change.truncate(kept_rank)
-    tensors = {"kept_A": kept.A, "kept_B": kept.B * (kept.scale / layer.scale)}
-    _put(layer, tensors | {name: tensor for name, tensor in fresh.state_dict().items() if name in _OF_PAIR})
+    pair = {name: tensor for name, tensor in fresh.state_dict().items() if name in _OF_PAIR}
+    _put(layer, {**pair, "earlier.A": kept.A, "earlier.B": kept.B * (kept.scale / layer.scale)})
     layer.notes = fresh.notes
 
 
@@ -143,16 +144,35 @@ def shape_like(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 _OF_PAIR = ("lora_A", "lora_B", "start_A", "start_B")
-_TENSORS = (*_OF_PAIR, "kept_A", "kept_B")
+_TENSORS = (*_OF_PAIR, "earlier.A", "earlier.B")
+
+
+class EarlierChange(nn.Module):
+    """A change scale · B A that a layer's pair comes on top of. Not trained, saved with the layer's state."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, delta: LowRank) -> None:
+        super().__init__()
+        self.register_buffer("A", delta.A)
+        self.register_buffer("B", delta.B)
+        self.scale = delta.scale
+
+    def delta(self) -> LowRank:
+        """The change."""
+        return LowRank(self.B, self.A, self.scale)
 
 
 def _put(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> None:
-    """Make these the tensors of the layer's pair, start and kept change, and let it have no others."""
+    """Make these, named as in the layer's state, the tensors of its pair, start and earlier change; it has no others."""
     like = layer.lora_A.data
     own = {name: tensor.detach().to(like, copy=True).contiguous() for name, tensor in tensors.items()}
     layer.lora_A.data, layer.lora_B.data = own["lora_A"], own["lora_B"]
     layer.start_A, layer.start_B = own.get("start_A"), own.get("start_B")
-    layer.kept_A, layer.kept_B = own.get("kept_A"), own.get("kept_B")
+    layer.earlier = (
+        EarlierChange(LowRank(own["earlier.B"], own["earlier.A"], layer.scale)) if "earlier.A" in own else None
+    )
     layer.site = replace(layer.site, rank=len(layer.lora_A))
 
 

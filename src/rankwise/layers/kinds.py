@@ -124,10 +124,8 @@ class LinearKind(_MatmulKind):
         return matrix
 
 
-class Conv1DKind(_MatmulKind):
-    """transformers' Conv1D (GPT-2): a linear layer with its weight stored [in, out]."""
-
-    name = "conv1d"
+class _TransposedKind(Kind):
+    """The weight is stored [in, out]."""
 
     def shape(self, layer: Any) -> tuple[int, int]:
         return layer.weight.shape[1], layer.weight.shape[0]
@@ -139,19 +137,16 @@ class Conv1DKind(_MatmulKind):
         return matrix.T
 
 
-class EmbeddingKind(Kind):
+class Conv1DKind(_TransposedKind, _MatmulKind):
+    """transformers' Conv1D (GPT-2): a linear layer with its weight stored [in, out]."""
+
+    name = "conv1d"
+
+
+class EmbeddingKind(_TransposedKind):
     """torch.nn.Embedding: weight [vocab, dim] is the transpose of the matrix [dim, vocab] that acts on one-hot ids."""
 
     name = "embedding"
-
-    def shape(self, layer: Any) -> tuple[int, int]:
-        return layer.embedding_dim, layer.num_embeddings
-
-    def matrix(self, layer: Any, stored: Tensor) -> Tensor:
-        return stored.T
-
-    def stored(self, layer: Any, matrix: Tensor) -> Tensor:
-        return matrix.T
 
     def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         # Ids have no elements to drop, so dropout does not apply.

@@ -18,7 +18,7 @@ from rankwise.errors import SpecError
 from rankwise.layers.kinds import Kind
 from rankwise.shapes import Bool, Float
 from rankwise.sites import Site, Start
-from rankwise.variants.base import ALL, PairLayer, PairVariant, TrainingHook
+from rankwise.variants.base import PairLayer, PairVariant, TrainingHook
 
 FACTORS = ("lora_A", "lora_B", "lora_E")
 
@@ -93,9 +93,6 @@ class AdaLoraLayer(PairLayer):
 
     def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return self.kind.add(layer, x, y, self.lora_A, self.scaled_B(), self.scale, self.active_dropout)
-
-    def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
-        return self.delta().rows(rows).dense().to(weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,13 @@ class FoldableLayer(AdapterLayer):
     def delta(self) -> LowRank:
         """The low-rank change s(BA − B₀A₀); what else the variant does to the weight is in :meth:`change`."""
 
-    @abstractmethod
     def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
-        """What the adapter adds to the weight W₀, dense, in W₀'s dtype.
+        """What the adapter adds to the weight W₀, dense, in W₀'s dtype: :meth:`delta`, and what a variant adds to it.
 
         Args:
             weight: W₀, or those of its rows that ``rows`` names: no change of one row looks at another.
         """
+        return self.delta().rows(rows).dense().to(weight.dtype)
 
     def fold(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The weight that alone does what layer and adapter do together; a new tensor."""
@@ -103,6 +103,7 @@ class PairLayer(FoldableLayer):
         lora_A [r, in], lora_B [out, r]: the trained tensors. With an anchor they are δA, δB, zero at the start.
         notes: figures that the start left about itself, such as LoRA-GA's cosine with Adam's first step.
         start_A, start_B: the anchor A₀, B₀, or None. Without one, one half of the start is zero and trained in place.
+        earlier: what pairs before this one learnt, frozen (:class:`rankwise.reshaping.EarlierChange`); or None.
     """
 
     start_A: Tensor | None
@@ -113,6 +114,7 @@ class PairLayer(FoldableLayer):
         self.register_buffer("start_A", start.A.clone() if anchored else None)
         self.register_buffer("start_B", start.B.clone() if anchored else None)
         self.notes = dict(start.notes)
+        self.earlier: Any = None
         trained = torch.zeros_like if anchored else torch.clone
         self.lora_A = nn.Parameter(trained(start.A).contiguous())
         self.lora_B = nn.Parameter(trained(start.B).contiguous())

@@ -8,34 +8,19 @@ from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank, difference
 from rankwise.layers.kinds import Kind
-from rankwise.shapes import Float
 from rankwise.sites import Site, Start
-from rankwise.variants.base import ALL, PairLayer, PairVariant
+from rankwise.variants.base import PairLayer, PairVariant
 
 
 class LoraLayer(PairLayer):
-    """ΔW = s(δB·A + B₀·δA), of rank 2r; s·BA of rank r where there is no anchor. A change that is kept comes on top.
-
-    Attributes:
-        kept_A [k, in], kept_B [out, k]: s times their product is what an earlier pair learnt, frozen; or None.
-    """
-
-    kept_A: Tensor | None
-    kept_B: Tensor | None
-
-    def __init__(self, site: Site, kind: Kind, dropout: float, start: Start, *, anchored: bool) -> None:
-        super().__init__(site, kind, dropout, start, anchored=anchored)
-        self.register_buffer("kept_A", None)
-        self.register_buffer("kept_B", None)
+    """ΔW = s(δB·A + B₀·δA), of rank 2r; s·BA of rank r where there is no anchor. An earlier change comes on top."""
 
     def delta(self) -> LowRank:
         if self.start_A is None or self.start_B is None:
             pair = LowRank(self.lora_B, self.lora_A, self.scale)
         else:
             pair = difference(self.lora_B, self.lora_A, self.start_B, self.start_A, self.scale)
-        if self.kept_A is None or self.kept_B is None:
-            return pair
-        return pair + LowRank(self.kept_B, self.kept_A, self.scale)
+        return pair if self.earlier is None else pair + self.earlier.delta()
 
     def running(self) -> LowRank:
         """What must be added to the layer's output now."""
@@ -44,9 +29,6 @@ class LoraLayer(PairLayer):
     def adapt(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         term = self.running()
         return self.kind.add(layer, x, y, term.A, term.B, term.scale, self.active_dropout)
-
-    def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
-        return self.delta().rows(rows).dense().to(weight.dtype)
 
 
 class FoldedLoraLayer(LoraLayer):
