@@ -39,6 +39,7 @@ _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile
 _YAML, _CONVOLUTIONS = "unit/test_yaml_text.py", "parity/test_convolutions.py"
 _BASES = "unit/test_hostile_bases.py"
 _DISK, _POWER = "unit/test_disk.py", "unit/test_power_loss.py"
+_LOCK, _PLACES = "unit/test_run_lock.py", "unit/test_writing_places.py"
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
@@ -90,6 +91,39 @@ FAULTS: tuple[Fault, ...] = (
         "The second is refused.",
         (f"{_RESUME}::test_two_writers_on_one_directory",
          f"{_RESUME}::test_a_lock_of_another_machine_is_not_taken_over"),
+    ),
+    Fault(
+        "Twenty starts at once in one directory",
+        "One wins; nineteen end with `RunLocked`, which names the winner.",
+        (f"{_RESUME}::test_twenty_runs_started_at_once_in_one_directory",
+         f"{_LOCK}::test_of_twenty_starts_at_once_one_wins_and_the_others_are_told_who"),
+    ),
+    Fault(
+        "Lock or its record malformed, a link, or a directory",
+        "A record that is none counts for nothing; what cannot be locked is a `WriteError`.",
+        (f"{_LOCK}::test_a_record_of_the_holder_that_is_none_counts_for_nothing",
+         f"{_LOCK}::test_a_directory_in_the_place_of_the_lock_or_its_record_is_named",
+         f"{_LOCK}::test_a_lock_that_is_a_link_is_not_followed"),
+    ),
+    Fault(
+        "Disk full outside checkpoints: adapter, card, page, curve, numbers, merged model, ranks",
+        "`WriteError`; what was there is whole.",
+        (f"{_PLACES}::test_a_full_disk_is_named_and_leaves_what_was_there",
+         f"{_RESUME}::test_a_disk_that_is_full_at_the_end_of_a_run_is_named",
+         f"{_MERGED}::test_a_full_disk_is_named_and_leaves_nothing"),
+    ),
+    Fault(
+        "`output_dir` or `--out` a file, not to be written to, behind a link, a mount point",
+        "Through a link it is written; the rest is named before any work.",
+        (f"{_PLACES}::test_a_place_that_can_be_no_directory_is_named_before_any_work",
+         f"{_RESUME}::test_an_output_dir_that_cannot_be_one_is_named_and_a_link_followed",
+         f"{_MERGED}::test_a_place_that_cannot_be_replaced_is_named_before_any_work"),
+    ),
+    Fault(
+        "`~` in a path",
+        "The user's home, in every path of recipe and command line.",
+        ("unit/test_recipe.py::test_a_users_home_is_meant_in_every_path",
+         "unit/test_cli.py::test_a_users_home_is_meant_in_every_path"),
     ),
     Fault(
         "SIGTERM",

@@ -16,15 +16,34 @@ from rankwise.tensor_header import TensorEntry, read_header
 T = TypeVar("T")
 
 
-def check_directory_name(path: Path) -> None:
-    """Refuse a path on whose way lies a file.
+def expand_user(path: str) -> str:
+    """A path in which ``~`` or ``~name`` at the beginning is that user's home.
 
     Raises:
-        RecipeError: it or a parent is a file.
+        ValueError: there is no such user.
     """
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise RecipeError(f"{path}: expected a directory, or a new name for one, found that {part} is a file")
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError("a user's home after ~, or ./~ for a name that begins so") from None
+
+
+def check_directory_name(path: Path) -> None:
+    """Refuse a path that is no directory and cannot become one, or that may not be written to.
+
+    Raises:
+        RecipeError: it or a parent is a file, a link to nowhere, or may not be written to.
+    """
+    expected = f"{path}: expected a directory, or a new name for one"
+    part = next(part for part in (path, *path.absolute().parents) if os.path.lexists(part))
+    if not part.exists():
+        raise RecipeError(f"{expected}, found that {part} is a link to {part.readlink()}, which is not there")
+    if not part.is_dir():
+        raise RecipeError(f"{expected}, found that {part} is a file")
+    if not os.access(part, os.W_OK | os.X_OK):
+        raise RecipeError(f"{expected}, found that {part} may not be written to: its rights, or its disk, forbid it")
 
 
 def sha256(path: Path) -> str:

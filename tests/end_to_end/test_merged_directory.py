@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from zoo import perturb
 
 import rankwise as rw
 from rankwise.cli import app
-from rankwise.errors import BrokenFile, MergeError, PretrainedError
+from rankwise.errors import BrokenFile, MergeError, PretrainedError, RecipeError, WriteError
 from rankwise.train.model.merged import base_of, save_merged
 from rankwise.train.model.pretrained import load_pretrained
 
@@ -119,6 +120,59 @@ def test_a_merge_that_is_cut_off_leaves_nothing(
         save_merged(source, str(base), tmp_path / "merged")
     assert contents(tmp_path) == before
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("limit", [5_000, 40_000])  # in the tokenizer, the weights
+def test_a_full_disk_is_named_and_leaves_nothing(
+    base: Path, adapter: Callable[[float], Path], tmp_path: Path, limit: int
+):
+    """The kernel refuses to write more into a file, which each library meets as it would a full disk."""
+    source = adapter(0.01)
+    before = contents(tmp_path)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        with pytest.raises(WriteError, match=r"merged: could not be written \(.*[Ff]ile too large"):
+            save_merged(source, str(base), tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert contents(tmp_path) == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_killed_merge_left_goes_with_the_next(base: Path, adapter: Callable[[float], Path], tmp_path: Path):
+    source = adapter(0.01)
+    (tmp_path / ".merged.abcdefgh" / "merged").mkdir(parents=True)
+    (tmp_path / ".merged.abcdefgh" / "merged" / "model.safetensors").write_bytes(b"half")
+    save_merged(source, str(base), tmp_path / "merged")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_place_that_cannot_be_replaced_is_named_before_any_work(
+    adapter: Callable[[float], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source, file, link, mount = adapter(0.01), tmp_path / "file", tmp_path / "link", tmp_path / "mount"
+    file.write_text("mine")
+    link.symlink_to(tmp_path / "nowhere")
+    mount.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mount")
+    monkeypatch.setattr("rankwise.train.model.merged.load_base", None)  # it does not come to that
+    for place, message in {
+        file: "expected a new or empty directory",
+        file / "merged": "found that .*file is a file",
+        link: "is a link to .*nowhere, which is not there",
+        mount: "is a mount point, which no new directory can replace. Name a directory in it",
+    }.items():
+        with pytest.raises((MergeError, RecipeError), match=message):
+            save_merged(source, None, place)
+
+
+def test_an_empty_directory_behind_a_link_is_written_to(base: Path, adapter: Callable[[float], Path], tmp_path: Path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "merged").symlink_to(tmp_path / "far")
+    save_merged(adapter(0.01), str(base), tmp_path / "merged")
+    assert (tmp_path / "merged").is_symlink()
+    assert (tmp_path / "far" / "model.safetensors").is_file()
 
 
 def test_a_base_that_a_strangers_adapter_names_runs_no_code(

@@ -23,10 +23,12 @@ from rankwise.errors import (
     BrokenFile,
     CheckpointError,
     OutOfMemory,
+    RecipeError,
     RunLocked,
     RunStopped,
     SpecMismatch,
     TrainingError,
+    WriteError,
 )
 from rankwise.train import recipe as recipes
 from rankwise.train.run import run
@@ -408,3 +410,95 @@ def test_a_file_that_may_not_grow_stops_the_run_and_loses_nothing(make, tmp_path
     assert names(tmp_path / "run") == ["checkpoint-2"]
     resumed = run.train(make(resume_from_checkpoint=True), SILENT)
     assert same(resumed.adapter, whole.adapter)
+
+
+@pytest.mark.parametrize("step", [0, 3, 7, 12, 18, 26, 40])
+def test_a_disk_that_is_full_at_the_end_of_a_run_is_named(make, tmp_path, monkeypatch, step):
+    """From some flush after training on: the adapter, its card, the page, the numbers. Then there is room again."""
+    prepared = run.prepare(run.load(make(max_steps=1), SILENT), SILENT)
+    real, plain, left = os.fsync, run._written, iter(range(step))
+
+    def full(handle):
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    def written(*arguments):
+        monkeypatch.setattr(os, "fsync", full)
+        return plain(*arguments)
+
+    monkeypatch.setattr(run, "_written", written)
+    try:
+        run.execute(prepared, SILENT)
+    except WriteError as error:
+        assert "could not be written ([Errno 28] No space left" in str(error)
+    monkeypatch.undo()
+    folder = tmp_path / "run"
+    assert not list(folder.glob(".*"))
+    if (folder / "adapter").exists():
+        assert (folder / "adapter" / "README.md").exists()
+        assert same(folder / "adapter", folder / "checkpoint-1")
+
+
+def test_an_output_dir_that_cannot_be_one_is_named_and_a_link_followed(make, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loose").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    monkeypatch.setattr(run.adapter_start, "attach", None)  # it does not come to that
+    for name, message in {"file": "is a file", "file/run": "is a file", "loose/run": "is a link to"}.items():
+        with pytest.raises(RecipeError, match=rf"{tmp_path / name}: expected a directory, or a new .*{message}"):
+            run.prepare(run.load(make(output_dir=str(tmp_path / name)), SILENT), SILENT)
+    with monkeypatch.context() as patch, pytest.raises(RecipeError, match=r"/proc may not be written to"):
+        patch.setattr(os, "access", lambda path, mode: str(path) != "/proc")  # root may, until it tries
+        run.prepare(run.load(make(output_dir="/proc/nothing"), SILENT), SILENT)
+    with pytest.raises(WriteError, match=r"/proc/nothing: could not be written"):
+        run.prepare(run.load(make(output_dir="/proc/nothing"), SILENT), SILENT)
+    monkeypatch.undo()
+    run.train(make(max_steps=1, output_dir=str(tmp_path / "link")), SILENT)
+    assert (tmp_path / "far" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_twenty_runs_started_at_once_in_one_directory(make, tmp_path, monkeypatch):
+    """One trains; the others, which come while it does, end with the error that names it."""
+    prepared = run.prepare(run.load(make(max_steps=1), SILENT), SILENT)
+    plain, (ready, go), (end, stop), (told, tell) = run._written, os.pipe(), os.pipe(), os.pipe()
+
+    def written(*arguments):
+        os.read(end, 1)  # until all others have come
+        return plain(*arguments)
+
+    monkeypatch.setattr(run, "_written", written)
+    children = []
+    for number in range(20):
+        child = os.fork()
+        if not child:
+            os.close(go)
+            os.close(stop)
+            outcome = "nothing"
+            try:
+                os.read(ready, 1)  # the pipe is closed: all at once
+                run.execute(prepared, SILENT)
+                outcome = "trained"
+            except RunLocked as error:
+                outcome = str(error)
+            finally:
+                (tmp_path / f"outcome-{number}").write_text(outcome)
+                os.write(tell, b"x")
+                os._exit(0)
+        children.append(child)
+    os.close(go)
+    refused = 0
+    while refused < 19:
+        refused += len(os.read(told, 19))
+    os.close(stop)
+    for child in children:
+        os.waitpid(child, 0)
+    outcomes = [(tmp_path / f"outcome-{number}").read_text() for number in range(20)]
+    assert outcomes.count("trained") == 1
+    winner = children[outcomes.index("trained")]
+    named = re.compile(rf"run: expected to be its only writer, found it in use by process {winner} on .* \(since 20")
+    assert sum(bool(named.search(outcome)) for outcome in outcomes) == 19
+    assert (tmp_path / "run" / "metrics.json").is_file()
+    assert not list((tmp_path / "run").glob(".*"))

@@ -1,7 +1,9 @@
 """The command line: help, flags from the schema, errors as messages."""
 
+import inspect
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
@@ -65,3 +67,19 @@ def test_methods_lists_the_tables():
     for name, entry in INITS.items():
         assert name in result.output
         assert entry.paper in result.output
+
+
+def test_a_users_home_is_meant_in_every_path(monkeypatch, tmp_path):
+    """Every argument that is a path, of every command, is read by the one function that knows homes."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = set()
+    for command in app.registered_commands:
+        for parameter in inspect.signature(command.callback, eval_str=True).parameters.values():
+            kind, option = get_args(parameter.annotation)
+            if "Path" in str(kind) or parameter.name in ("base", "batches"):
+                assert str(option.parser("~/there")) == str(tmp_path / "there"), (command.callback, parameter)
+                seen.add(parameter.name)
+    assert seen == {"adapter", "adapters", "out", "recipe", "base", "batches", "arms"}
+    result = run.invoke(app, ["inspect", "~/nowhere"], env=WIDE)
+    assert f"{tmp_path / 'nowhere'}: no such directory" in "".join(result.output.split("\n"))
+    assert run.invoke(app, ["inspect", "~no-such-user/adapter"], env=WIDE).exit_code == 2

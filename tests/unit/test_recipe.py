@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -171,3 +172,33 @@ def test_an_unknown_option_of_the_optimizer_is_named_before_the_model_is_loaded(
     recipe = recipes.parse({"model": "no-such-model", "data": "kjv", "optimizer": {"name": "spectral", "betta": 0.8}})
     with pytest.raises(SpecError, match=r"optimizer 'spectral': unknown option 'betta'.* did you mean 'beta'"):
         load_run(recipe, Console(quiet=True))
+
+
+PATHS = ("model", "data", "eval_data", "init_cache", "output_dir", "resume_from_checkpoint")
+NO_PATHS = {"optim", "report_to", "lr_scheduler_type", "target_modules", "exclude_modules"}
+NO_PATHS |= {"init", "scaling", "variant", "optimizer"}  # names from a table
+
+
+def _takes_text(annotation: object) -> bool:
+    if get_origin(annotation) in (list, dict, Literal):
+        return False
+    return annotation is str or any(_takes_text(part) for part in get_args(annotation))
+
+
+def test_every_field_that_takes_text_is_known_as_a_path_or_as_none():
+    taking = {name for name, field in Recipe.model_fields.items() if _takes_text(field.annotation)}
+    assert taking == {*PATHS, *NO_PATHS}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_users_home_is_meant_in_every_path(write, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    values = {"model": "m", "data": "d", name: "~/there"}
+    path = write("".join(f"{field}: {value}\n" for field, value in values.items()))
+    assert getattr(recipes.load(path), name) == str(tmp_path / "home" / "there")
+    flags = {name: recipes.flag_value(name, "~/there")}
+    assert getattr(recipes.load(write("model: m\ndata: d\n"), flags), name) == str(tmp_path / "home" / "there")
+    unchanged = recipes.parse(values | {name: "./~/a/~b"})
+    assert getattr(unchanged, name) == "./~/a/~b"
+    with pytest.raises(RecipeError, match=rf"`{name}`: expected .*a user's home after ~.*; found '~no-such-user/run'"):
+        recipes.parse(values | {name: "~no-such-user/run"})

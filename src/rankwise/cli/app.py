@@ -20,6 +20,7 @@ from rankwise import __version__
 from rankwise.cli.flags import recipe_flags
 from rankwise.cli.terminal import Terminal, check_stderr, error_terminal
 from rankwise.errors import RankwiseError, RunStopped
+from rankwise.files import expand_user
 from rankwise.train import recipe as recipes
 
 _STOPPED = 128 + 15  # what a shell reports for SIGTERM
@@ -61,11 +62,26 @@ app = typer.Typer(
     help="LoRA fine-tuning that keeps step with full fine-tuning.",
 )
 
+
+def _path(text: str) -> Path:
+    return Path(expand_user(text))
+
+
 RecipeFile = Annotated[
-    Path | None, typer.Argument(metavar="RECIPE.yaml", help="The recipe; the flags below win over its fields.")
+    Path | None,
+    typer.Argument(parser=_path, metavar="RECIPE.yaml", help="The recipe; the flags below win over its fields."),
 ]
-Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter directory, rankwise's or PEFT's.")]
-Base = Annotated[str | None, typer.Option(help="Base model; default: the one that the adapter names.")]
+Adapter = Annotated[
+    Path, typer.Argument(parser=_path, metavar="ADAPTER", help="Adapter directory, rankwise's or PEFT's.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option(parser=expand_user, metavar="TEXT", help="Base model; default: the one that the adapter names."),
+]
+
+
+def _place(help: str) -> Any:
+    return typer.Option(parser=_path, metavar="PATH", help=help)
 
 
 @contextmanager
@@ -183,14 +199,15 @@ def init(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     console = _console()
     loaded = run.load(wanted, console)
     run.show_plan(loaded, console)
-    adapter = run.save_adapter(run.prepare(loaded, console), "start")
-    console.print(f"The untrained adapter is in {adapter}", highlight=False)
+    with run.saving_adapter(run.prepare(loaded, console), "start"):
+        pass
+    console.print(f"The untrained adapter is in {Path(wanted.output_dir) / 'start'}", highlight=False)
 
 
 @app.command()
 def merge(
     adapter: Adapter,
-    out: Annotated[Path, typer.Option(help="Directory for the merged model; must not hold files yet.")],
+    out: Annotated[Path, _place("Directory for the merged model; must not hold files yet.")],
     base: Base = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
     most_lost: Annotated[
@@ -308,11 +325,18 @@ def generate(
 
 @app.command()
 def analyze(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter directories to compare.")],
-    out: Annotated[Path, typer.Option(help="The page; its numbers go beside it as JSON.")] = Path("analysis.html"),
+    adapters: Annotated[
+        list[Path], typer.Argument(parser=_path, metavar="ADAPTER...", help="Adapter directories to compare.")
+    ],
+    out: Annotated[Path, _place("The page; its numbers go beside it as JSON.")] = Path("analysis.html"),
     base: Base = None,
     batches: Annotated[
-        str | None, typer.Option(help="Training data, to compare the next step with full fine-tuning's.")
+        str | None,
+        typer.Option(
+            parser=expand_user,
+            metavar="TEXT",
+            help="Training data, to compare the next step with full fine-tuning's.",
+        ),
     ] = None,
     batch_count: Annotated[int, typer.Option(min=1, help="Batches of it: 4 samples of 128 tokens each.")] = 8,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue with and without each adapter.")] = None,
@@ -349,7 +373,7 @@ def analyze(
 def study(
     name: Annotated[str, typer.Argument(help="weight-types, ranks, subspace, amplification or intrinsic-dimension.")],
     recipe: RecipeFile = None,
-    out: Annotated[Path, typer.Option(help="Directory for results, pages, and runs to go on from.")] = Path("studies"),
+    out: Annotated[Path, _place("Directory for results, pages, and runs to go on from.")] = Path("studies"),
     seeds: Annotated[int, typer.Option(help="Seeds of every arm, from the recipe's on.")] = 2,
     *,
     overrides: dict[str, Any],
@@ -369,9 +393,7 @@ def study(
 def compare(
     recipe: RecipeFile = None,
     preset: Annotated[str, typer.Option(help="Which methods: best or articles.")] = "best",
-    arms: Annotated[
-        Path | None, typer.Option(help="YAML file of methods instead, a line each: `DoRA: {variant: dora}`.")
-    ] = None,
+    arms: Annotated[Path | None, _place("YAML file of methods instead, a line each: `DoRA: {variant: dora}`.")] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of every method, from the recipe's on.")] = 3,
     minutes: Annotated[float | None, typer.Option(help="Start no run after so many.")] = None,
     steps_to_baseline: Annotated[
@@ -381,7 +403,7 @@ def compare(
             help="Look how few steps each takes to the first one's loss. Default: with the preset best.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory for results, page, and runs to go on from.")] = Path("compare"),
+    out: Annotated[Path, _place("Directory for results, page, and runs to go on from.")] = Path("compare"),
     *,
     overrides: dict[str, Any],
 ) -> None:
@@ -404,7 +426,7 @@ def compare(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the demo's files.")] = Path("rankwise-demo"),
+    out: Annotated[Path, _place("Directory for the demo's files.")] = Path("rankwise-demo"),
 ) -> None:
     """Fine-tune a small real model on real text with LoRA-GA, beside plain LoRA. Takes a few minutes."""
     with uncollected():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -18,9 +17,8 @@ from rankwise.compare.figures import panels
 from rankwise.compare.runs import Budget, Trial, Trials, check_held_out, machine
 from rankwise.compare.search import Outcome, Run, compare, runs_needed
 from rankwise.compare.summary import Row, summary
-from rankwise.disk import write_file
 from rankwise.errors import RecipeError
-from rankwise.report.page import finite, page
+from rankwise.report.page import page, write_page
 from rankwise.train.data.dataset import load_data
 from rankwise.train.recipe import Recipe
 from rankwise.train.run import run
@@ -116,11 +114,7 @@ class Announced:
 
 def write_comparison(comparison: Comparison, directory: Path) -> Path:
     """Write the numbers as ``compare.json`` and the page as ``compare.html``; returns the page's path."""
-    content = finite(results(comparison))
-    write_file(directory / "compare.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    path = directory / "compare.html"
-    write_file(path, _page(comparison).encode())
-    return path
+    return write_page(directory / "compare.html", _page(comparison), results(comparison))
 
 
 def results(comparison: Comparison) -> dict[str, Any]:

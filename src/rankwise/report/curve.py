@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rankwise.disk import write_file
 from rankwise.report.drawing import lay_out, plain
 from rankwise.report.figures import draw_losses
 from rankwise.report.history import History
@@ -26,5 +28,7 @@ def save_loss_curve(runs: Mapping[str, History], path: Path, title: str, unit: s
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.6)
     lay_out(figure)
-    figure.savefig(path)
+    content = BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    write_file(path, content.getvalue())
     return path

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from rankwise.analysis import Alignment
-from rankwise.disk import write_file
+from rankwise.disk import write_files
 from rankwise.errors import RecipeError
 from rankwise.files import check_directory_name
 from rankwise.report import figures
@@ -83,9 +83,18 @@ def check_place(html: Path) -> None:
 
 def write_report(report: Report, html: Path) -> Path:
     """Write the page, and its numbers beside it as ``.json``; returns the page's path."""
-    content = {"format_version": FORMAT_VERSION, **asdict(report)}
-    write_file(html.with_suffix(".json"), (json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n").encode())
-    write_file(html, render(report).encode())
+    return write_page(html, render(report), {"format_version": FORMAT_VERSION, **asdict(report)})
+
+
+def write_page(html: Path, text: str, numbers: Mapping[str, Any]) -> Path:
+    """Write a page and its numbers, no page beside other numbers; returns the page's path.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    content = json.dumps(finite(numbers), indent=1, ensure_ascii=False) + "\n"
+    files = {html.with_suffix(".json").name: content.encode(), html.name: text.encode()}
+    write_files(html.parent, files, last=html.name)
     return html
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,13 +12,12 @@ import torch
 import yaml
 from rich.console import Console
 
-from rankwise.disk import write_file
 from rankwise.errors import RecipeError
 from rankwise.methods import nearest
 from rankwise.report import figures as report_figures
 from rankwise.report.figures import Panel
 from rankwise.report.measure import by_module
-from rankwise.report.page import finite, page
+from rankwise.report.page import page, write_page
 from rankwise.sites import Site
 from rankwise.studies import figures
 from rankwise.studies.amplification import amplification_by_rank
@@ -172,7 +170,6 @@ def write_outcome(name: str, outcome: Outcome, recipe: Recipe, seeds: int, direc
         "versions": versions,
         "threads": torch.get_num_threads(),
     }
-    write_file(directory / f"{name}.json", (json.dumps(finite(content), indent=1) + "\n").encode())
     html = page(
         study.summary,
         headline={"study": name, "model": Path(recipe.model).name, "data": recipe.data_name, "seeds": str(seeds)},
@@ -184,6 +181,4 @@ def write_outcome(name: str, outcome: Outcome, recipe: Recipe, seeds: int, direc
             "Every arm runs at its own best learning rate, chosen on the first seed's held-out loss.",
         ],
     )
-    path = directory / f"{name}.html"
-    write_file(path, html.encode())
-    return path
+    return write_page(directory / f"{name}.html", html, content)

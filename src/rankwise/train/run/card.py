@@ -15,9 +15,16 @@ from rankwise.train.run.tables import squeeze_text
 
 
 def save_model_card(
-    adapter: Path, *, title: str, recipe: Recipe, metrics: dict[str, Any], curve: Path, sample: Sample | None
+    directory: Path,
+    *,
+    adapter: Path,
+    title: str,
+    recipe: Recipe,
+    metrics: dict[str, Any],
+    curve: Path,
+    sample: Sample | None,
 ) -> Path:
-    """Write `README.md` into the adapter's directory."""
+    """Write `README.md` into a directory that is to lie at `adapter`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rankwise.train.run", "."), undefined=jinja2.StrictUndefined, autoescape=False
     )
@@ -32,7 +39,7 @@ def save_model_card(
         adapter=adapter.as_posix(),
         sample=sample,
     )
-    path = adapter / "README.md"
+    path = directory / "README.md"
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -14,11 +14,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from rankwise.disk import write_json
-from rankwise.errors import RunLocked
+from rankwise.disk import write_json, writing
+from rankwise.errors import CheckpointError, RunLocked
+from rankwise.files import read_json
 
 _LOCK = ".run.lock"
 _HOLDER = "run-holder.json"
+_PATIENCE = 0.3  # seconds: of processes that start together, all but one look first and hold it for a moment
 
 
 @contextmanager
@@ -30,24 +32,16 @@ def only_writer(run_dir: str | Path, console: Console) -> Iterator[None]:
     may not pass its locks on, so there its file counts.
 
     Raises:
-        RunLocked: another process has it.
+        RunLocked: another process has it. WriteError: the system refuses.
     """
     folder = Path(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise RunLocked(_refusal(folder, "wait for it, or end it and start again")) from None
-    try:
+    with _locked(folder):
         _take_over(folder, console)
         write_json(folder / _HOLDER, _me())
         try:
             yield
         finally:
             (folder / _HOLDER).unlink(missing_ok=True)
-    finally:
-        lock.release()
 
 
 def check_free(run_dir: str | Path) -> None:
@@ -57,14 +51,30 @@ def check_free(run_dir: str | Path) -> None:
         RunLocked: another process has it.
     """
     folder = Path(run_dir)
-    if not (folder / _HOLDER).exists():
-        return
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        with lock:
+    if (folder / _HOLDER).exists():
+        with _locked(folder):
             _check_this_machine(folder)
-    except Timeout:
-        raise RunLocked(_refusal(folder, "wait for it, or end it and start again")) from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / _LOCK, timeout=_PATIENCE)
+    with writing(folder / _LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            for _ in range(20):
+                if _holder(folder):
+                    break
+                time.sleep(0.1)  # it has only just begun
+            raise RunLocked(_refusal(folder, "wait for it, or end it and start again")) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            (folder / _LOCK).unlink()  # held, so that nobody is given a lock on a file that is no longer there
+        lock.release()
 
 
 def _take_over(folder: Path, console: Console) -> None:
@@ -99,11 +109,10 @@ def _me() -> dict[str, Any]:
 
 def _holder(folder: Path) -> dict[str, Any]:
     """Who has the lock, as far as its file can be read: it may be going away at this moment."""
-    with suppress(OSError, ValueError):
-        holder = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
-        if isinstance(holder, dict):
-            return holder
-    return {}
+    try:
+        return read_json(folder / _HOLDER)
+    except CheckpointError:
+        return {}
 
 
 def _described(holder: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import rankwise as rw
 from rankwise.adapted.adapted import Adapted
 from rankwise.adapter import Adapter
+from rankwise.disk import whole_directory, write_file
 from rankwise.errors import RunStopped
 from rankwise.files import check_directory_name
 from rankwise.format.save_load import portable
@@ -118,8 +119,6 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     if checkpoint is not None:
         loaded = replace(loaded, recipe=resume.with_rate_of(checkpoint, loaded.recipe))
     prepared = check(loaded, console, title)
-    if prepared.trainer.is_world_process_zero():
-        check_directory_name(Path(loaded.recipe.output_dir))
     lock.check_free(loaded.recipe.output_dir)
     if checkpoint is not None:
         resume.check_exact(checkpoint, prepared.trainer.facts, console, anyway=loaded.recipe.resume_anyway)
@@ -143,6 +142,7 @@ def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Da
         data: the samples, where they are not the recipe's own.
     """
     recipe, task = loaded.recipe, TASKS[loaded.recipe.task]
+    check_directory_name(Path(recipe.output_dir))
     bar = ProgressBar(console, title)
     with busy(console, "Reading and tokenising the data"), without_dataset_bars():
         data = load_data(recipe) if data is None else data
@@ -168,13 +168,18 @@ def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
     console.print(advice_text(advice, path), highlight=False)
 
 
-def save_adapter(prepared: Prepared, name: str = "adapter") -> Path:
-    """Save the adapter as it is now, with what belongs to it, under a name in the run's directory; returns where."""
-    adapter = Path(prepared.recipe.output_dir) / name
-    rw.save(prepared.model, adapter)
-    prepared.tokenizer.save_pretrained(adapter)
-    TASKS[prepared.recipe.task].save(prepared.loaded, adapter)
-    return adapter
+@contextmanager
+def saving_adapter(prepared: Prepared, name: str) -> Iterator[Path]:
+    """Save the adapter as it is now, with what belongs to it, as a directory of the run that appears as a whole.
+
+    Raises:
+        WriteError: the system refuses. An adapter that was there is as it was.
+    """
+    with whole_directory(Path(prepared.recipe.output_dir) / name) as directory:
+        rw.save(prepared.model, directory)
+        prepared.tokenizer.save_pretrained(directory)
+        TASKS[prepared.recipe.task].save(prepared.loaded, directory)
+        yield directory
 
 
 def execute(prepared: Prepared, console: Console) -> Result:
@@ -219,15 +224,21 @@ def _written(prepared: Prepared, first: Adapter | None, console: Console) -> Res
     metrics = _metrics(prepared, history) | _squeeze_metrics(history) | task.metrics(history)
     result = Result(prepared, out / "adapter", out / "loss.png", out / "report.html", history, metrics, sample)
     if trainer.is_world_process_zero():
-        save_adapter(prepared)
         save_loss_curve({"run": history}, result.curve, title_of(recipe), task.loss_unit)
-        save_model_card(
-            result.adapter, title=title_of(recipe), recipe=recipe, metrics=metrics, curve=result.curve, sample=sample
-        )
+        with saving_adapter(prepared, result.adapter.name) as directory:
+            save_model_card(
+                directory,
+                adapter=result.adapter,
+                title=title_of(recipe),
+                recipe=recipe,
+                metrics=metrics,
+                curve=result.curve,
+                sample=sample,
+            )
         with busy(console, "Measuring the adapter"):
             _write_page(result, first)
         # Last: it says that the run is through.
-        (out / RESULTS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_file(out / RESULTS, (json.dumps(metrics, indent=2) + "\n").encode())
     return result
 
 

@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 import rankwise as rw
 from rankwise.adapted.adapted import Adapted
+from rankwise.disk import writing
 from rankwise.errors import CheckpointError, Diverged, OutOfMemory, RecipeError
 from rankwise.format.state import STATE, load_state, save_state
 from rankwise.optim.choice import GroupsChoice
@@ -56,7 +57,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._saving_in: str | None = None
         self._at = (0, -1)  # the optimizer step and the batch within it that are being computed
         self._batch_shape: tuple[int, ...] = ()
-        with _announced(model), _refusals():
+        # transformers makes the directory at once.
+        with _announced(model), _refusals(), writing(Path(recipe.output_dir)):
             super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(VariantCallback())
