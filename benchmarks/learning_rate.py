@@ -68,7 +68,8 @@ def of_wind_tunnel() -> Iterator[Cell]:
         if done["seed"] == 0 and done["steps"] == wind_tunnel.STEPS:
             losses.setdefault((done["method"], done["rank"]), {})[done["rate"]] = done["validation"]
     for (method, rank), tried in losses.items():
-        if wind_tunnel.METHODS[method].adapter is not None and "unit" not in method:
+        row = wind_tunnel.METHODS[method]
+        if row.adapter is not None and row.restart_every is None and "unit" not in method:
             yield Cell("byte model", method, rank, tried)
 
 
