@@ -319,11 +319,26 @@ def squeezing() -> str:
         spread = f" ± {stdev(tests[-1]):.3f}" if len(forks) > 1 else ""
         error = f"{fmean(fork['error'] for fork in forks):.1%}"
         losses = [f"{fmean(values):.3f}" for values in tests]
-        rows.append([str(rank), str(repair), "outputs" if weighted else "weights", error, *losses[:2], losses[2] + spread])
+        rows.append(
+            [str(rank), str(repair), "outputs" if weighted else "weights", error, *losses[:2], losses[2] + spread]
+        )
     wide = [run["wide"]["test"] for run in content["runs"]]
     head = ["rank", "steps after", "lost in", "error", "before", "squeezed", "at step 80, ± sd over seeds"]
-    said = f"Rank {content['rank']} itself ends at {fmean(wide):.3f}" + (f" ± {stdev(wide):.3f}" if len(wide) > 1 else "")
+    said = f"Rank {content['rank']} itself ends at {fmean(wide):.3f}" + (
+        f" ± {stdev(wide):.3f}" if len(wide) > 1 else ""
+    )
     return f"{said} ({len(wide)} seeds). Loss on the test part of the wind tunnel:\n\n" + table(head, rows)
+
+
+def probe_schedules() -> str:
+    """The best rate of short runs by their schedule."""
+    found: Any = result("probe_schedules")
+    head = ["method", "constant, 10 steps", "constant, 20", "to zero, 10 steps", "to zero, 20"]
+    rows: dict[str, list[str]] = {}
+    for run in found:
+        best = min(run["losses"], key=lambda pair: pair[1])[0]
+        rows.setdefault(run["method"], [run["method"]]).append(f"{best:g}")
+    return table(head, list(rows.values()))
 
 
 def measured() -> str:
@@ -342,9 +357,15 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "intrinsic": intrinsic,
         "analyze": analyze,
     },
-    "docs/learning_rate.md": {"learning-rate": learning_rates},
+    "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
-    "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora, "wind-tunnel": wind_tunnel, "squeezing": squeezing},
+    "docs/methods.md": {
+        "first-step": first_step,
+        "evidence": evidence,
+        "dora": dora,
+        "wind-tunnel": wind_tunnel,
+        "squeezing": squeezing,
+    },
 }
 
 
