@@ -31,7 +31,6 @@ def changed_embeddings(model: nn.Module, adapter: Adapter, source: Path) -> dict
         ShapeMismatch: the model's vocabulary is another. BaseMismatch: it has no such layer, or of another base.
     """
     modules = base_modules(model)
-    owners = parameter_owners(model)
     changed: dict[str, Tensor] = {}
     for name, stored in _stored(adapter).items():
         path, _, last = name.rpartition(".")
@@ -39,7 +38,7 @@ def changed_embeddings(model: nn.Module, adapter: Adapter, source: Path) -> dict
         if own is None:
             raise BaseMismatch(f"{source}: has {name}, of a module that this model lacks; it is another base's")
         if not _alike(source, name, stored, own):
-            tied = [other for other in owners[id(own)] if other.rpartition(".")[0] in modules]
+            tied = [other for other in parameter_owners(model)[id(own)] if other.rpartition(".")[0] in modules]
             changed |= dict.fromkeys(tied, stored)
     return changed
 
