@@ -179,7 +179,8 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
     tensors = read_tensors(folder / TENSORS)
     whole = {key: tensors.pop(key) for key in whole_keys(tensors, config, fields)}
     parts = by_site(folder / TENSORS, tensors, config)
-    stated_selection(folder / CONFIG, config, fields).check(parts)
+    selection = stated_selection(folder / CONFIG, config, fields)
+    selection.check(parts)
     reader = SiteReader(folder, config, fields, list(parts))
     stored = {path: reader.site(path, part) for path, part in parts.items()}
     extra, probes = read_extra(folder, stored)
@@ -188,7 +189,7 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
     return Adapter(
         _recorded(folder / EXTRA, extra, LoRA(**fields)),
         sites,
-        one_of_each(sites),
+        fields["target_modules"] if selection.by_ends_alone else one_of_each(sites),
         probes,
         config.get("base_model_name_or_path"),
         whole_tensors(folder / TENSORS, whole),

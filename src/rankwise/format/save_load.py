@@ -25,7 +25,7 @@ from rankwise.files import read_json, settled
 from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own, relative_start, stated_fields
 from rankwise.format.in_use import resized_layers
-from rankwise.format.names import BASE_COPY, CONFIG, FILES, TENSORS
+from rankwise.format.names import CONFIG, FILES, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_pairs, write_adapter
 from rankwise.format.relative import change_of_base, check_untied
@@ -252,7 +252,6 @@ def _restored(
     layer = base_layer(modules, path, folder)
     kind = kind_of(layer)
     _check_fits(layer, kind, path, site, folder)
-    extra = {suffix: tensor for suffix, tensor in site.extra.items() if suffix != BASE_COPY}
     delta = site.delta
     weight = kind.weight(layer) if replaced is None else kind.matrix(layer, replaced.to(layer.weight))
     device, dtype = weight.device, fp32_or_finer(weight.dtype)
@@ -260,7 +259,7 @@ def _restored(
     if start is not None and replaced is None:
         moved = change_of_base(start, path, layer, kind, moved)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
-    restored = spec.variant.restore(described, kind, weight, moved, extra)
+    restored = spec.variant.restore(described, kind, weight, moved, site.extra)
     restored.dropout = spec.dropout  # of use only where it is trained on
     return restored
 
