@@ -29,6 +29,23 @@ from rankwise.scaling import declared
 T = TypeVar("T")
 
 
+def named_whole(fields: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The fields, with the modules that PEFT takes a name in modules_to_save for, by their paths.
+
+    To PEFT it is the end of a path, in the middle of a part too: "classifier" also names ``pre_classifier``.
+    """
+    names = fields["modules_to_save"]
+    paths = {name.rpartition(".")[0] for key in keys if key.startswith(PREFIX) and (name := whole_name(key))}
+    meant = {place for path in paths for place in _beginnings(path) if names and place.endswith(tuple(names))}
+    return {**fields, "modules_to_save": (*names, *sorted(meant.difference(keys_under(names, meant))))}
+
+
+def _beginnings(path: str) -> list[str]:
+    """``a.b.c`` → a, a.b, a.b.c."""
+    parts = path.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+
+
 def whole_keys(keys: Iterable[str], config: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
     """Those of a file's names that stand for modules' own tensors: trained whole, embeddings', adapted layers'."""
     names = [key for key in keys if key.startswith(PREFIX)]

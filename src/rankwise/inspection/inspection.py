@@ -24,7 +24,7 @@ from rankwise.format.configuration import (
     stated_fields,
     variant_recorded,
 )
-from rankwise.format.layout import SiteReader, by_site, stray, whole_keys, whole_tensors
+from rankwise.format.layout import SiteReader, by_site, named_whole, stray, whole_keys, whole_tensors
 from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, TENSORS, is_base_copy, site_and_suffix, whole_name
 from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
@@ -68,6 +68,7 @@ def _inspect(folder: Path) -> Inspection:
         fields = problems.catch(lambda: stated_fields(folder / CONFIG, config))
         spec = None if fields is None else plain_fields(fields)
     if fields is not None and header is not None:
+        fields = named_whole(fields, entries)
         whole = dict.fromkeys(whole_keys(entries, config, fields))
         changes = {key: entry for key, entry in entries.items() if key not in whole}
         parts = _parts(folder / TENSORS, changes, config, problems)
