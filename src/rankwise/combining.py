@@ -17,7 +17,6 @@ from rankwise.base_weights import BaseWeights, Source
 from rankwise.combinations import COMBINATIONS
 from rankwise.combinations.base import Combination
 from rankwise.errors import BaseMismatch, ShapeMismatch, SpecError, UnsupportedAdapter
-from rankwise.format.names import BASE_COPY
 from rankwise.layers.kinds import KINDS
 from rankwise.methods import name_of, resolve
 from rankwise.sites import Site, site_generator
@@ -136,10 +135,9 @@ def _change(adapter: Adapter, path: str, weight: float, base: BaseWeights | None
         )
     matrix = base.matrix(path, site)
     _check_base(adapter, path, base)
-    extra = {suffix: tensor for suffix, tensor in site.extra.items() if suffix != BASE_COPY}
     described = Site(path, site.kind, site.delta.shape, site.delta.rank, site.delta.scale)
     with torch.no_grad():
-        return variant.restore(described, KINDS[site.kind], matrix, site.delta, extra).change(matrix).mul_(weight)
+        return variant.restore(described, KINDS[site.kind], matrix, site.delta, site.extra).change(matrix).mul_(weight)
 
 
 def _check_base(adapter: Adapter, path: str, base: BaseWeights) -> None:
@@ -159,7 +157,7 @@ def _adapter(
     rank = max(site.delta.rank for site in sites.values())
     saved = _saved(parts, base)
     whole = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.spec.modules_to_save))
-    names = {adapter.base_model for adapter in adapters}
+    names, tasks = {adapter.base_model for adapter in adapters}, {adapter.task_type for adapter in adapters}
     return Adapter(
         LoRA(rank=rank, alpha=rank, target_modules=targets, modules_to_save=whole if saved else ()),
         sites,
@@ -168,6 +166,7 @@ def _adapter(
         names.pop() if len(names) == 1 else None,
         saved,
         any(adapter.base_quantised for adapter in adapters),
+        tasks.pop() if len(tasks) == 1 else None,
     )
 
 
@@ -206,6 +205,9 @@ def _saved(parts: Sequence[tuple[Adapter, float]], base: BaseWeights | None) -> 
 def _saved_tensor(name: str, parts: Sequence[tuple[Adapter, float]], base: BaseWeights | None) -> Tensor:
     present = [(adapter.saved[name], weight) for adapter, weight in parts if name in adapter.saved]
     stored = present[0][0]
+    adapted = any(name.rpartition(".")[0] in adapter.sites for adapter, _ in parts)  # the base's own, beside a pair
+    if adapted and all(torch.equal(tensor, stored) for tensor, _ in present):
+        return stored
     rest = 1.0 - math.fsum(weight for _, weight in present)  # what is left of W₀
     if abs(rest) > 1e-12:
         start = None if base is None else base.whole(name)

@@ -24,8 +24,8 @@ from rankwise.format.configuration import (
     stated_fields,
     variant_recorded,
 )
-from rankwise.format.layout import SiteReader, by_site, stray, whole_keys, whole_tensors
-from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, TENSORS, site_and_suffix, whole_name
+from rankwise.format.layout import SiteReader, by_site, named_whole, stray, whole_keys, whole_tensors
+from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, TENSORS, is_base_copy, site_and_suffix, whole_name
 from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import verdicts
@@ -68,6 +68,7 @@ def _inspect(folder: Path) -> Inspection:
         fields = problems.catch(lambda: stated_fields(folder / CONFIG, config))
         spec = None if fields is None else plain_fields(fields)
     if fields is not None and header is not None:
+        fields = named_whole(fields, entries)
         whole = dict.fromkeys(whole_keys(entries, config, fields))
         changes = {key: entry for key, entry in entries.items() if key not in whole}
         parts = _parts(folder / TENSORS, changes, config, problems)
@@ -80,7 +81,8 @@ def _inspect(folder: Path) -> Inspection:
             problems.catch(lambda: whole_tensors(folder / TENSORS, whole))
             reader = problems.catch(lambda: SiteReader(folder, config, fields, list(parts)))
             sites = [] if reader is None else list(_sites(reader, parts, file, problems))
-    replaced = tuple(dict.fromkeys(name.rpartition(".")[0] for name in map(whole_name, whole) if name))
+    beside = [key for key in whole if not is_base_copy(key)]  # an adapted layer's own weight is the base's, or resized
+    replaced = tuple(dict.fromkeys(name.rpartition(".")[0] for name in map(whole_name, beside) if name))
     if replaced:
         notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
     start = relative_start(config)
