@@ -34,6 +34,7 @@ _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocab
 _HABIT = "parity/test_save_pretrained.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 _KEPT = "unit/test_kept_outputs.py"
+_UNUSED = "unit/test_unused_layers.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 _YAML, _CONVOLUTIONS = "unit/test_yaml_text.py", "parity/test_convolutions.py"
@@ -311,6 +312,14 @@ FAULTS: tuple[Fault, ...] = (
          f"{_KEPT}::test_a_subclass_that_saved_its_output_for_the_backward_pass",
          f"{_KEPT}::test_a_layer_that_returns_its_input", f"{_KEPT}::test_selective_checkpointing_keeps_products",
          f"{_KEPT}::test_what_nothing_holds_is_written_into"),
+    ),
+    Fault(
+        "A layer that a batch does not use; a weight that is used past its layer's forward",
+        "The first is no fault, in training or at inference: the output is the merged model's. The second is "
+        "`SiteNeverFired`, told from the first by a product that read the weight.",
+        (f"{_UNUSED}::test_heads_of_other_tasks_and_projectors_without_pictures",
+         f"{_UNUSED}::test_each_task_trains_its_own_head", f"{_UNUSED}::test_every_use_past_the_layer_is_named",
+         f"{_UNUSED}::test_a_later_batch_may_be_the_first_that_goes_past"),
     ),
     Fault(
         "Stale or foreign gradient cache; initialisation interrupted",
