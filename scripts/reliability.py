@@ -40,6 +40,7 @@ _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile
 _YAML, _CONVOLUTIONS = "unit/test_yaml_text.py", "parity/test_convolutions.py"
 _BASES = "unit/test_hostile_bases.py"
 _DISK, _POWER = "unit/test_disk.py", "unit/test_power_loss.py"
+_DIRECTORIES = "end_to_end/test_bad_run_directories.py"
 _LOCK, _PLACES = "unit/test_run_lock.py", "unit/test_writing_places.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -75,6 +76,19 @@ FAULTS: tuple[Fault, ...] = (
         "It is named and set aside; the one before is taken.",
         (f"{_WRITTEN}::test_each_file_cut_at_many_offsets_is_named_and_the_previous_checkpoint_taken",
          f"{_RESUME}::test_a_cut_newest_checkpoint_is_named_and_the_one_before_taken"),
+    ),
+    Fault(
+        "Newest checkpoint bad in any other way: not given back by the disk, a manifest or state of another form, linked, "
+        "oddly named",
+        "It is passed over and set aside; one that is named is a `CheckpointError`. The one that is resumed is never moved.",
+        (f"{_DIRECTORIES}::test_a_spoilt_newest_checkpoint_is_passed_over",
+         f"{_DIRECTORIES}::test_what_only_loading_tells_is_named",
+         f"{_DIRECTORIES}::test_a_manifest_of_another_form_is_passed_over",
+         f"{_DIRECTORIES}::test_a_manifest_that_is_no_file_of_the_checkpoint_is_passed_over",
+         f"{_DIRECTORIES}::test_a_file_that_the_disk_does_not_give_back_is_passed_over",
+         f"{_DIRECTORIES}::test_names_that_are_no_checkpoints",
+         f"{_DIRECTORIES}::test_odd_leftovers_go_and_what_they_point_to_stays",
+         f"{_DIRECTORIES}::test_the_checkpoint_that_is_resumed_is_never_moved"),
     ),
     Fault(
         "Optimizer, scheduler or generator state missing",
