@@ -411,6 +411,12 @@ FAULTS: tuple[Fault, ...] = (
          f"{_CONVOLUTIONS}::test_what_peft_trained_on_such_a_layer_is_no_change_of_its_weight"),
     ),
     Fault(
+        "A file of a hundred gigabytes, most of it holes",
+        "`inspect` says its size; it is neither hashed nor read, and engines are not judged by what was not read.",
+        ("unit/test_inspection.py::test_files_of_a_hundred_gigabytes_that_take_no_room",
+         f"{_YAML}::test_files_that_are_none"),
+    ),
+    Fault(
         "An engine that would misread an adapter",
         "`inspect` says what it takes, by the rules of its current sources.",
         ("unit/test_inspection.py::test_which_engines_read_it",
