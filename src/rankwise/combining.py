@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def combine(
                 f"holds it whole; expected a rank or an error, with a method that takes one, such as 'svd'"
             )
         fits[path] = fitted(change, generator, rank, error)
-        sites[path] = SiteAdapter(site.kind, fits[path].delta, site.kernel, site.groups)
+        sites[path] = replace(site, delta=fits[path].delta, extra={})
     return approximation(_adapter(parts, sites, weights), fits)
 
 
@@ -109,7 +110,7 @@ def _by_site(parts: Sequence[tuple[Adapter, float]]) -> dict[str, list[tuple[Ada
 
 
 def _described(path: str, sites: Sequence[SiteAdapter]) -> SiteAdapter:
-    """The site as the adapters agree to describe it; one that knows a Conv1D from a linear layer has the last word."""
+    """The site as the adapters agree to describe it; one that knows more of the layer than a file tells comes first."""
     first = sites[0]
     for site in sites[1:]:
         kinds = {first.kind, site.kind}
@@ -119,7 +120,7 @@ def _described(path: str, sites: Sequence[SiteAdapter]) -> SiteAdapter:
                 f"{path}: one adapter has a {first.kind} of {first.delta.shape} there and another a {site.kind} of "
                 f"{site.delta.shape}; expected adapters of one base"
             )
-    return next((site for site in sites if site.kind == "conv1d"), first)
+    return next((site for site in sites if site.kind == "conv1d" or site.unlike_peft), first)
 
 
 def _change(adapter: Adapter, path: str, weight: float, base: BaseWeights | None) -> Change:
