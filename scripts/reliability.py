@@ -78,9 +78,10 @@ FAULTS: tuple[Fault, ...] = (
          f"{_RESUME}::test_a_cut_newest_checkpoint_is_named_and_the_one_before_taken"),
     ),
     Fault(
-        "Newest checkpoint bad in any other way: not given back by the disk, a manifest or state of another form, linked, "
-        "oddly named",
-        "It is passed over and set aside; one that is named is a `CheckpointError`. The one that is resumed is never moved.",
+        "Newest checkpoint bad in any other way: not given back by the disk, a manifest or state of another form, "
+        "linked, oddly named",
+        "It is passed over and set aside; one that is named is a `CheckpointError`. "
+        "The one that is resumed is never moved.",
         (f"{_DIRECTORIES}::test_a_spoilt_newest_checkpoint_is_passed_over",
          f"{_DIRECTORIES}::test_what_only_loading_tells_is_named",
          f"{_DIRECTORIES}::test_a_manifest_of_another_form_is_passed_over",

@@ -249,7 +249,11 @@ GIGANTIC: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
     "groups of a convolution": ({"m.lora_A.weight": (8, 2**29, 3, 3), "m.lora_B.weight": (8, 4, 1, 1)}, {}),
     "AdaLoRA": ({"m.lora_A": (8, 2**30), "m.lora_B": (2**30, 8), "m.lora_E": (8, 1)}, {"peft_type": "ADALORA"}),
     "many pairs": (
-        {f"{i}.m.lora_{side}.weight": shape for i in range(100) for side, shape in (("A", (8, 2**24)), ("B", (2**24, 8)))},
+        {
+            f"{i}.m.lora_{side}.weight": shape
+            for i in range(100)
+            for side, shape in (("A", (8, 2**24)), ("B", (2**24, 8)))
+        },
         {},
     ),
     "a whole module": (
