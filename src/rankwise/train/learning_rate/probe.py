@@ -25,7 +25,7 @@ def same_random_numbers() -> Iterator[None]:
     """Afterwards Python, NumPy and torch draw what they would have drawn before."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)
