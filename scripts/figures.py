@@ -319,10 +319,14 @@ def squeezing() -> str:
         spread = f" ± {stdev(tests[-1]):.3f}" if len(forks) > 1 else ""
         error = f"{fmean(fork['error'] for fork in forks):.1%}"
         losses = [f"{fmean(values):.3f}" for values in tests]
-        rows.append([str(rank), str(repair), "outputs" if weighted else "weights", error, *losses[:2], losses[2] + spread])
+        rows.append(
+            [str(rank), str(repair), "outputs" if weighted else "weights", error, *losses[:2], losses[2] + spread]
+        )
     wide = [run["wide"]["test"] for run in content["runs"]]
     head = ["rank", "steps after", "lost in", "error", "before", "squeezed", "at step 80, ± sd over seeds"]
-    said = f"Rank {content['rank']} itself ends at {fmean(wide):.3f}" + (f" ± {stdev(wide):.3f}" if len(wide) > 1 else "")
+    said = f"Rank {content['rank']} itself ends at {fmean(wide):.3f}" + (
+        f" ± {stdev(wide):.3f}" if len(wide) > 1 else ""
+    )
     return f"{said} ({len(wide)} seeds). Loss on the test part of the wind tunnel:\n\n" + table(head, rows)
 
 
@@ -344,7 +348,13 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/learning_rate.md": {"learning-rate": learning_rates},
     "docs/design.md": {"order": order},
-    "docs/methods.md": {"first-step": first_step, "evidence": evidence, "dora": dora, "wind-tunnel": wind_tunnel, "squeezing": squeezing},
+    "docs/methods.md": {
+        "first-step": first_step,
+        "evidence": evidence,
+        "dora": dora,
+        "wind-tunnel": wind_tunnel,
+        "squeezing": squeezing,
+    },
 }
 
 
