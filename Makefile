@@ -1,6 +1,7 @@
 # make demo   fine-tune a real 135 M model on real text, LoRA-GA beside plain LoRA
 # make test   the whole test suite
 # make soak   kill training runs 500 times, and at every operation on the disk; benchmarks/results/kills.json
+# make differential  random adapters between PEFT and this, both ways, CASES=2000; benchmarks/results/differential.json
 # make check  formatter, linter, strict types, import contract
 # make fuzz   coverage-guided fuzzing of the checkpoint reader, FUZZ_SECONDS=600
 # Each sets up .venv first; the stamp file makes that instant from the second time on.
@@ -13,12 +14,13 @@ STAMP  := $(VENV)/.rankwise-setup
 WORKERS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 600
+CASES ?= 2000
 
 # Nothing here needs a model hub: the model and the data come as pinned packages.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak check fuzz format clean
+.PHONY: help setup demo test soak differential check fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -43,6 +45,9 @@ test: setup
 
 soak: setup
 	$(BIN)/python benchmarks/kills.py --kills 500
+
+differential: setup
+	$(BIN)/python benchmarks/differential.py --cases $(CASES)
 
 check: setup
 	$(BIN)/ruff format --check .

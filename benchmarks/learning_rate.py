@@ -6,8 +6,9 @@ tunnel's, those of the studies and the demo on SmolLM2-135M, and, where its dire
     python benchmarks/learning_rate.py wind-tunnel               # a byte model: seconds a cell
     python benchmarks/learning_rate.py smollm2                   # minutes a cell
     python benchmarks/learning_rate.py smollm2 --comparison build/comparison/kjv
+    python benchmarks/learning_rate.py schedules                 # which rates short runs prefer, by their schedule
 
-Cells are kept in results/learning_rate.json and none is made twice.
+Cells are kept in results/learning_rate.json and none is made twice; schedules in results/probe_schedules.json.
 """
 
 import argparse
@@ -68,7 +69,8 @@ def of_wind_tunnel() -> Iterator[Cell]:
         if done["seed"] == 0 and done["steps"] == wind_tunnel.STEPS:
             losses.setdefault((done["method"], done["rank"]), {})[done["rate"]] = done["validation"]
     for (method, rank), tried in losses.items():
-        if wind_tunnel.METHODS[method].adapter is not None and "unit" not in method:
+        row = wind_tunnel.METHODS[method]
+        if row.adapter is not None and row.restart_every is None and "unit" not in method:
             yield Cell("byte model", method, rank, tried)
 
 
@@ -90,6 +92,33 @@ def chosen_in_wind_tunnel(cell: Cell, tunnel: wind_tunnel.Tunnel) -> Choice:
     rules = first_guess(model, sites, OPTIMIZERS[row_of(cell.method)], optimizer, wind_tunnel.STEPS)
     probe = Probe(model, parts, batches[each:], wind_tunnel.loss_of, optimizer)
     return Search(rules, probe, wind_tunnel.STEPS).choose()
+
+
+SCHEDULED = {"lora": 1e-2, "lora, betas 0.8 0.99": 1e-2, "lora-plus": 2e-3}  # with their tuned rates
+RUNGS = range(-3, 5)  # of factors of two from these
+
+
+def schedules(tunnel: wind_tunnel.Tunnel) -> list[dict[str, Any]]:
+    """The loss of batches held back after short runs at a constant rate, and at one that falls to zero."""
+    rows = []
+    for name, tuned in SCHEDULED.items():
+        method, rates = wind_tunnel.METHODS[name], [tuned * 2.0**rung for rung in RUNGS]
+        for falls, steps in ((False, 10), (False, 20), (True, 10), (True, 20)):
+            losses = {rate: scheduled(tunnel, method, rate, steps, falls) for rate in rates}
+            rows.append({"method": name, "falls": falls, "steps": steps, "losses": sorted(losses.items())})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def scheduled(tunnel: wind_tunnel.Tunnel, method: wind_tunnel.Method, rate: float, steps: int, falls: bool) -> float:
+    model, generator = tunnel.started(method, rank=4, seed=0)
+    optimizer = method.optimizer(model, rate)
+    for step in range(steps):
+        share = 1 - step / steps if falls else 1.0
+        wind_tunnel.descend(model, optimizer, tunnel.batch(generator), share)
+    others = torch.Generator().manual_seed(777)
+    with torch.no_grad():
+        return math.fsum(wind_tunnel.loss_of(model, tunnel.batch(others)).item() for _ in range(HELD_BACK)) / HELD_BACK
 
 
 # --- SmolLM2 ---------------------------------------------------------------------------------------------------------
@@ -150,11 +179,16 @@ def chosen_on_smollm2(cell: Cell) -> Choice:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", choices=["wind-tunnel", "smollm2"])
+    parser.add_argument("cells", choices=["wind-tunnel", "smollm2", "schedules"])
     parser.add_argument("--comparison", nargs="+", type=Path, default=[], help="directories of `rankwise compare`")
     parser.add_argument("--only", help="cells whose task and method hold this")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.cells == "schedules":
+        rows = schedules(wind_tunnel.Tunnel())
+        lines = ",\n".join(" " + json.dumps(row) for row in rows)
+        (RESULTS / "probe_schedules.json").write_text(f"[\n{lines}\n]\n")
+        return
     in_tunnel = options.cells == "wind-tunnel"
     cells = list(of_wind_tunnel() if in_tunnel else of_smollm2(options.comparison))
     tunnel = wind_tunnel.Tunnel() if in_tunnel else None

@@ -330,6 +330,17 @@ def squeezing() -> str:
     return f"{said} ({len(wide)} seeds). Loss on the test part of the wind tunnel:\n\n" + table(head, rows)
 
 
+def probe_schedules() -> str:
+    """The best rate of short runs by their schedule."""
+    found: Any = result("probe_schedules")
+    head = ["method", "constant, 10 steps", "constant, 20", "to zero, 10 steps", "to zero, 20"]
+    rows: dict[str, list[str]] = {}
+    for run in found:
+        best = min(run["losses"], key=lambda pair: pair[1])[0]
+        rows.setdefault(run["method"], [run["method"]]).append(f"{best:g}")
+    return table(head, list(rows.values()))
+
+
 def measured() -> str:
     return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
 
@@ -346,7 +357,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "intrinsic": intrinsic,
         "analyze": analyze,
     },
-    "docs/learning_rate.md": {"learning-rate": learning_rates},
+    "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
     "docs/methods.md": {
         "first-step": first_step,

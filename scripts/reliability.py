@@ -34,11 +34,13 @@ _MEANING, _VOCABULARY = "parity/test_peft_configurations.py", "parity/test_vocab
 _HABIT = "parity/test_save_pretrained.py"
 _MERGED = "end_to_end/test_merged_directory.py"
 _KEPT = "unit/test_kept_outputs.py"
+_UNUSED = "unit/test_unused_layers.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 _YAML, _CONVOLUTIONS = "unit/test_yaml_text.py", "parity/test_convolutions.py"
 _BASES = "unit/test_hostile_bases.py"
 _DISK, _POWER = "unit/test_disk.py", "unit/test_power_loss.py"
+_DIRECTORIES = "end_to_end/test_bad_run_directories.py"
 _LOCK, _PLACES = "unit/test_run_lock.py", "unit/test_writing_places.py"
 
 FAULTS: tuple[Fault, ...] = (
@@ -74,6 +76,20 @@ FAULTS: tuple[Fault, ...] = (
         "It is named and set aside; the one before is taken.",
         (f"{_WRITTEN}::test_each_file_cut_at_many_offsets_is_named_and_the_previous_checkpoint_taken",
          f"{_RESUME}::test_a_cut_newest_checkpoint_is_named_and_the_one_before_taken"),
+    ),
+    Fault(
+        "Newest checkpoint bad in any other way: not given back by the disk, a manifest or state of another form, "
+        "linked, oddly named",
+        "It is passed over and set aside; one that is named is a `CheckpointError`. "
+        "The one that is resumed is never moved.",
+        (f"{_DIRECTORIES}::test_a_spoilt_newest_checkpoint_is_passed_over",
+         f"{_DIRECTORIES}::test_what_only_loading_tells_is_named",
+         f"{_DIRECTORIES}::test_a_manifest_of_another_form_is_passed_over",
+         f"{_DIRECTORIES}::test_a_manifest_that_is_no_file_of_the_checkpoint_is_passed_over",
+         f"{_DIRECTORIES}::test_a_file_that_the_disk_does_not_give_back_is_passed_over",
+         f"{_DIRECTORIES}::test_names_that_are_no_checkpoints",
+         f"{_DIRECTORIES}::test_odd_leftovers_go_and_what_they_point_to_stays",
+         f"{_DIRECTORIES}::test_the_checkpoint_that_is_resumed_is_never_moved"),
     ),
     Fault(
         "Optimizer, scheduler or generator state missing",
@@ -313,6 +329,14 @@ FAULTS: tuple[Fault, ...] = (
          f"{_KEPT}::test_what_nothing_holds_is_written_into"),
     ),
     Fault(
+        "A layer that a batch does not use; a weight that is used past its layer's forward",
+        "The first is no fault, in training or at inference: the output is the merged model's. The second is "
+        "`SiteNeverFired`, told from the first by a product that read the weight.",
+        (f"{_UNUSED}::test_heads_of_other_tasks_and_projectors_without_pictures",
+         f"{_UNUSED}::test_each_task_trains_its_own_head", f"{_UNUSED}::test_every_use_past_the_layer_is_named",
+         f"{_UNUSED}::test_a_later_batch_may_be_the_first_that_goes_past"),
+    ),
+    Fault(
         "Stale or foreign gradient cache; initialisation interrupted",
         "The cache is refused by its hashes; the model is left as it was.",
         ("unit/test_gradient_cache.py::test_other_weights_batches_or_settings_are_refused",
@@ -386,6 +410,12 @@ FAULTS: tuple[Fault, ...] = (
         "`inspect` says that PEFT reads the file otherwise; a file that PEFT trained on one is `UnsupportedAdapter`.",
         (f"{_CONVOLUTIONS}::test_inspect_says_where_peft_computes_another_function",
          f"{_CONVOLUTIONS}::test_what_peft_trained_on_such_a_layer_is_no_change_of_its_weight"),
+    ),
+    Fault(
+        "A file of a hundred gigabytes, most of it holes",
+        "`inspect` says its size; it is neither hashed nor read, and engines are not judged by what was not read.",
+        ("unit/test_inspection.py::test_files_of_a_hundred_gigabytes_that_take_no_room",
+         f"{_YAML}::test_files_that_are_none"),
     ),
     Fault(
         "An engine that would misread an adapter",

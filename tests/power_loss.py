@@ -17,7 +17,6 @@ from unittest.mock import patch
 import rankwise.disk
 
 Name = tuple[int, str]  # inode of the directory, name in it
-_MOST_SUBSETS = 12
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Recorder:
             self._open[inode] = os.open(path, os.O_RDONLY)
         return inode
 
-    def states(self, rng: random.Random) -> Iterator[tuple[dict[Name, int], dict[int, bytes]]]:
+    def states(self, rng: random.Random, subsets: int) -> Iterator[tuple[dict[Name, int], dict[int, bytes]]]:
         """Every state that the disk may be left in: names and contents."""
         durable, pending = dict(self.names_before), list[Renaming]()
         flushed = dict(self.contents_before)
@@ -105,7 +104,7 @@ class Recorder:
                 pending = [change for change in pending if change not in reached]
             elif isinstance(event, Flush):
                 flushed[event.inode] = contents[event.inode]
-            for kept in _subsets(pending, rng):
+            for kept in _subsets(pending, rng, subsets):
                 names = dict(durable)
                 for change in kept:
                     _apply(names, change)
@@ -142,14 +141,14 @@ def _apply(names: dict[Name, int], change: Renaming) -> None:
     names.update(change.come)
 
 
-def _subsets(changes: list[Renaming], rng: random.Random) -> Iterator[list[Renaming]]:
-    if 2 ** len(changes) <= _MOST_SUBSETS:
+def _subsets(changes: list[Renaming], rng: random.Random, most: int) -> Iterator[list[Renaming]]:
+    if 2 ** len(changes) <= most:
         for size in range(len(changes) + 1):
             yield from (list(kept) for kept in itertools.combinations(changes, size))
         return
     yield changes  # all: the process was killed, and no more
     yield []
-    for _ in range(_MOST_SUBSETS - 2):
+    for _ in range(most - 2):
         yield [change for change in changes if rng.random() < 0.5]
 
 
@@ -185,12 +184,15 @@ def recorded(root: Path) -> Iterator[Recorder]:
     recorder.look()
 
 
-def after_power_loss(root: Path, action: Callable[[], object], work: Path, seed: int = 0) -> Iterator[Path]:
-    """Do something that writes into ``root``, then give each state, as a directory, that a power loss may leave."""
+def after_power_loss(root: Path, action: Callable[[], object], work: Path, subsets: int = 12) -> Iterator[Path]:
+    """Do something that writes into ``root``, then give each state, as a directory, that a power loss may leave.
+
+    Of the names that may be lost, at most so many subsets are tried.
+    """
     with recorded(root) as recorder:
         action()
     seen = set()
-    for state in recorder.states(random.Random(seed)):
+    for state in recorder.states(random.Random(0), subsets):
         key = hash((frozenset(state[0].items()), frozenset(state[1].items())))
         if key not in seen:
             seen.add(key)

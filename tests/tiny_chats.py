@@ -57,6 +57,20 @@ PLAIN = (
     "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+# Llama 2's: a system message stands in the first question, and spaces around an answer.
+LLAMA_2 = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' }}"
+    "{% if system and loop.index0 == 1 %}{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{% endif %}"
+    "{{ m['content'] | trim + ' [/INST]' }}{% elif m['role'] == 'assistant' %}"
+    "{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# OLMo 2's: the last answer has no line's end.
+OLMO_2 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% if not loop.last or m['role'] != 'assistant' %}"
+    "{{ '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 # What takes a message in parts only, as models that see do.
 PARTS = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"

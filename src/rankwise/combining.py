@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from rankwise.base_weights import BaseWeights, Source
 from rankwise.combinations import COMBINATIONS
 from rankwise.combinations.base import Combination
 from rankwise.errors import BaseMismatch, ShapeMismatch, SpecError, UnsupportedAdapter
-from rankwise.format.names import BASE_COPY
 from rankwise.layers.kinds import KINDS
 from rankwise.methods import name_of, resolve
 from rankwise.sites import Site, site_generator
@@ -81,7 +81,7 @@ def combine(
                 f"holds it whole; expected a rank or an error, with a method that takes one, such as 'svd'"
             )
         fits[path] = fitted(change, generator, rank, error)
-        sites[path] = SiteAdapter(site.kind, fits[path].delta, site.kernel, site.groups)
+        sites[path] = replace(site, delta=fits[path].delta, extra={})
     return approximation(_adapter(parts, sites, weights), fits)
 
 
@@ -110,7 +110,7 @@ def _by_site(parts: Sequence[tuple[Adapter, float]]) -> dict[str, list[tuple[Ada
 
 
 def _described(path: str, sites: Sequence[SiteAdapter]) -> SiteAdapter:
-    """The site as the adapters agree to describe it; one that knows a Conv1D from a linear layer has the last word."""
+    """The site as the adapters agree to describe it; one that knows more of the layer than a file tells comes first."""
     first = sites[0]
     for site in sites[1:]:
         kinds = {first.kind, site.kind}
@@ -120,7 +120,7 @@ def _described(path: str, sites: Sequence[SiteAdapter]) -> SiteAdapter:
                 f"{path}: one adapter has a {first.kind} of {first.delta.shape} there and another a {site.kind} of "
                 f"{site.delta.shape}; expected adapters of one base"
             )
-    return next((site for site in sites if site.kind == "conv1d"), first)
+    return next((site for site in sites if site.kind == "conv1d" or site.unlike_peft), first)
 
 
 def _change(adapter: Adapter, path: str, weight: float, base: BaseWeights | None) -> Change:
@@ -136,10 +136,9 @@ def _change(adapter: Adapter, path: str, weight: float, base: BaseWeights | None
         )
     matrix = base.matrix(path, site)
     _check_base(adapter, path, base)
-    extra = {suffix: tensor for suffix, tensor in site.extra.items() if suffix != BASE_COPY}
     described = Site(path, site.kind, site.delta.shape, site.delta.rank, site.delta.scale)
     with torch.no_grad():
-        return variant.restore(described, KINDS[site.kind], matrix, site.delta, extra).change(matrix).mul_(weight)
+        return variant.restore(described, KINDS[site.kind], matrix, site.delta, site.extra).change(matrix).mul_(weight)
 
 
 def _check_base(adapter: Adapter, path: str, base: BaseWeights) -> None:
@@ -159,7 +158,7 @@ def _adapter(
     rank = max(site.delta.rank for site in sites.values())
     saved = _saved(parts, base)
     whole = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.spec.modules_to_save))
-    names = {adapter.base_model for adapter in adapters}
+    names, tasks = {adapter.base_model for adapter in adapters}, {adapter.task_type for adapter in adapters}
     return Adapter(
         LoRA(rank=rank, alpha=rank, target_modules=targets, modules_to_save=whole if saved else ()),
         sites,
@@ -168,6 +167,7 @@ def _adapter(
         names.pop() if len(names) == 1 else None,
         saved,
         any(adapter.base_quantised for adapter in adapters),
+        tasks.pop() if len(tasks) == 1 else None,
     )
 
 
@@ -206,6 +206,9 @@ def _saved(parts: Sequence[tuple[Adapter, float]], base: BaseWeights | None) -> 
 def _saved_tensor(name: str, parts: Sequence[tuple[Adapter, float]], base: BaseWeights | None) -> Tensor:
     present = [(adapter.saved[name], weight) for adapter, weight in parts if name in adapter.saved]
     stored = present[0][0]
+    adapted = any(name.rpartition(".")[0] in adapter.sites for adapter, _ in parts)  # the base's own, beside a pair
+    if adapted and all(torch.equal(tensor, stored) for tensor, _ in present):
+        return stored
     rest = 1.0 - math.fsum(weight for _, weight in present)  # what is left of W₀
     if abs(rest) > 1e-12:
         start = None if base is None else base.whole(name)

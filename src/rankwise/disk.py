@@ -251,6 +251,19 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def remove(path: Path) -> None:
+    """Remove a directory with all in it, a file, or a link, where there is one.
+
+    Raises:
+        WriteError: see :func:`writing`.
+    """
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def flush_tree(directory: Path) -> None:
     """Bring every file in a directory, and every name, to disk."""
     for path in directory.rglob("*"):

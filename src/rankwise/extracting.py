@@ -1,13 +1,14 @@
 """extract: the LoRA that is nearest to what fine-tuning changed, from two checkpoints."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapter import Adapter, SiteAdapter, spread_evenly, targets_among
+from rankwise.adapter import Adapter, SiteAdapter, spread_evenly, targets_among, task_type, unlike_peft
+from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.approximation import Approximation, Fit, approximation, check_limits, fitted, norm
 from rankwise.base_weights import Names, Source, name_of_source, probed, shape_of, tensors_of
@@ -85,7 +86,9 @@ def extract(
     order = dict.fromkeys(layer.path for places in layers.values() for layer in places)  # whatever the shards' is
     parts = {path: parts[path] for path in order if path in parts}
     paths = base_modules(model) if model is not None else {name.rpartition(".")[0] for name in before}
-    adapter = _adapter(parts, paths, {name: after[name].clone() for name in whole}, modules_to_save, base)
+    adapter = _adapter(parts, paths, {name: after[name].clone() for name in whole}, modules_to_save)
+    task = task_type(model, whole) if model is not None else None
+    adapter = replace(adapter, base_model=name_of_source(base), task_type=task)
     return approximation(adapter, {path: part.fit for path, part in parts.items()}, left_out)
 
 
@@ -97,6 +100,11 @@ class _Layer:
     kind: Kind
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    unlike_peft: str = ""
+
+    def site(self, delta: LowRank) -> SiteAdapter:
+        """The layer's part of an adapter."""
+        return SiteAdapter(self.kind.name, delta, self.kernel, self.groups, {}, self.unlike_peft)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +125,8 @@ def _layers_by_model(model: nn.Module) -> dict[str, list[_Layer]]:
         if kind is not None:
             layer: Any = module
             names[f"{path}.weight"] = id(layer.weight)
-            owners.setdefault(id(layer.weight), []).append(_Layer(path, kind, kind.kernel(layer), kind.groups(layer)))
+            described = _Layer(path, kind, kind.kernel(layer), kind.groups(layer), unlike_peft(layer))
+            owners.setdefault(id(layer.weight), []).append(described)
     return {name: owners[owner] for name, owner in names.items()}
 
 
@@ -177,22 +186,14 @@ def _resized(new: Tensor, old: Tensor | None) -> Tensor:
 
 
 def _adapter(
-    parts: Mapping[str, _Part],
-    paths: Iterable[str],
-    saved: Mapping[str, Tensor],
-    modules_to_save: Sequence[str],
-    base: Source,
+    parts: Mapping[str, _Part], paths: Iterable[str], saved: Mapping[str, Tensor], modules_to_save: Sequence[str]
 ) -> Adapter:
     targets = targets_among(paths, list(parts))
     rank = max(part.fit.delta.rank for part in parts.values())
     return Adapter(
         LoRA(rank=rank, alpha=rank, target_modules=targets, modules_to_save=modules_to_save),
-        {
-            path: SiteAdapter(part.layer.kind.name, part.fit.delta, part.layer.kernel, part.layer.groups)
-            for path, part in parts.items()
-        },
+        {path: part.layer.site(part.fit.delta) for path, part in parts.items()},
         targets,
         {path: parts[path].probe for path in spread_evenly(list(parts))},
-        name_of_source(base),
-        saved,
+        saved=saved,
     )

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from rankwise.variants.base import Variant
 
 
+def option(default: Any, help: str) -> Any:
+    """A field with the help text that a recipe's field and its flag have; ``dict`` stands for an empty one."""
+    kind = "default_factory" if default is dict else "default"
+    return field(**{kind: default}, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class LoRA:
     """An adapter's specification.
@@ -48,41 +54,29 @@ class LoRA:
     'pissa'
     """
 
-    rank: int = field(default=8, metadata={"help": "Rank of the adapter."})
-    alpha: float = field(default=16, metadata={"help": "Numerator of the adapter's scale."})
-    target_modules: str | Sequence[str] = field(
-        default="all-linear",
-        metadata={"help": "Layers to adapt: all-linear, a regular expression, or a list of name endings."},
+    rank: int = option(8, "Rank of the adapter.")
+    alpha: float = option(16, "Numerator of the adapter's scale.")
+    target_modules: str | Sequence[str] = option(
+        "all-linear", "Layers to adapt: all-linear, a regular expression, or a list of name endings."
     )
-    exclude_modules: str | Sequence[str] = field(default=(), metadata={"help": "Layers to leave out."})
-    init: "str | Mapping[str, Any] | Init" = field(
-        default="kaiming",
-        metadata={"help": "Initialisation: a name (see `rankwise methods`) or {name: lora-ga, gamma: 16}."},
+    exclude_modules: str | Sequence[str] = option((), "Layers to leave out.")
+    init: "str | Mapping[str, Any] | Init" = option(
+        "kaiming", "Initialisation: a name (see `rankwise methods`) or {name: lora-ga, gamma: 16}."
     )
-    scaling: str | Mapping[str, Any] | Scaling = field(
-        default="lora", metadata={"help": "Scale of the adapter: lora (alpha/r) or rslora (alpha/sqrt(r))."}
+    scaling: str | Mapping[str, Any] | Scaling = option(
+        "lora", "Scale of the adapter: lora (alpha/r) or rslora (alpha/sqrt(r))."
     )
-    variant: "str | Mapping[str, Any] | Variant" = field(
-        default="lora", metadata={"help": "Kind of adapter (see `rankwise methods`)."}
+    variant: "str | Mapping[str, Any] | Variant" = option("lora", "Kind of adapter (see `rankwise methods`).")
+    dropout: float = option(0.0, "Dropout on the adapter's input.")
+    rank_pattern: Mapping[str, int] = option(dict, "Ranks that differ, by layer name: {q_proj: 4}.")
+    alpha_pattern: Mapping[str, float] = option(dict, "Alphas that differ, by layer name.")
+    modules_to_save: Sequence[str] = option(
+        (), "Layers trained in full beside the adapter and saved with it; a classifier's head always is."
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    rank_pattern: Mapping[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks that differ, by layer name: {q_proj: 4}."}
+    anchor: Literal["frozen", "fold"] = option(
+        "frozen", "How a non-zero start is cancelled: a frozen copy (exact) or folded into the base."
     )
-    alpha_pattern: Mapping[str, float] = field(
-        default_factory=dict, metadata={"help": "Alphas that differ, by layer name."}
-    )
-    modules_to_save: Sequence[str] = field(
-        default=(),
-        metadata={
-            "help": "Layers trained in full beside the adapter and saved with it; a classifier's head always is."
-        },
-    )
-    anchor: Literal["frozen", "fold"] = field(
-        default="frozen",
-        metadata={"help": "How a non-zero start is cancelled: a frozen copy (exact) or folded into the base."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the initialisation, the data order and dropout."})
+    seed: int = option(0, "Seed of the initialisation, the data order and dropout.")
 
     def __post_init__(self) -> None:
         for f in fields(self):

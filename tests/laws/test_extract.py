@@ -271,3 +271,18 @@ def test_the_command_extracts_from_directories(tmp_path: Path):
         app, ["extract", str(tmp_path / "no"), *places[1:3], str(tmp_path / "new"), "--rank", "1"]
     )
     assert refused.exit_code == 2 and not (tmp_path / "new").exists()
+
+
+def test_what_the_adapter_says_of_its_base(tmp_path: Path):
+    save_tiny_llama(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        tuned.model.layers[0].mlp.up_proj.weight += 1.0
+    adapter = extract(tuned, base, rank=1).adapter
+    assert (adapter.task_type, adapter.base_model) == ("CAUSAL_LM", str(tmp_path))
+    tuned, zoo, _ = merged()
+    sites = extract(tuned, zoo, rank=1).adapter.sites
+    assert "dilation" in sites["conv2d_dilated"].unlike_peft and not sites["linear"].unlike_peft
+    combined = rw.algebra.combine([(extract(tuned, zoo, rank=1).adapter, 1.0)]).adapter
+    assert combined.sites["conv2d_dilated"].unlike_peft == sites["conv2d_dilated"].unlike_peft

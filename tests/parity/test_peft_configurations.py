@@ -11,7 +11,7 @@ from peft_written import SAID, gpt2, llama, outputs, rewritten, stack, written
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from zoo import left_as_it_was
+from zoo import left_as_it_was, perturb
 
 import rankwise as rw
 from rankwise.errors import BaseMismatch, SpecError, UnexpectedTensor, UnsupportedAdapter
@@ -324,3 +324,41 @@ def test_paths_that_transformers_renamed(tmp_path: Path, caplog: pytest.LogCaptu
     assert (outputs(ours) - expected).abs().max() <= 1e-5
     assert "4 modules have other names in this transformers, such as language_model.model.layers.0" in caplog.text
     assert (outputs(PeftModel.from_pretrained(base, str(tmp_path))) - expected).abs().max() <= 1e-5
+
+
+class TwoHeads(Classifier):
+    """DistilBERT's: PEFT takes "classifier" for the end of pre_classifier too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.score
+        self.pre_classifier, self.classifier = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.classifier(torch.tanh(self.pre_classifier(self.fc(self.embed(ids)))))
+
+
+@pytest.mark.parametrize("names", [["classifier"], ["ssifier"], None])
+def test_peft_takes_a_name_for_the_end_of_a_part(names: list[str] | None, tmp_path: Path):
+    base = TwoHeads()
+    theirs = written(base, tmp_path / "a", r=2, target_modules=["fc"], modules_to_save=names or ["classifier"])
+    expected = outputs(theirs)
+    if names is None:
+        rewritten(tmp_path / "a", modules_to_save=None, task_type="SEQ_CLS")
+    assert "base_model.model.pre_classifier.weight" in load_file(tmp_path / "a" / "adapter_model.safetensors")
+    report = inspect(tmp_path / "a")
+    assert not report.problems and set(report.replaced) == {"classifier", "pre_classifier"}
+    ours = rw.load(copy.deepcopy(base), tmp_path / "a")
+    assert (outputs(ours) - expected).abs().max() <= 1e-5
+    rw.save(ours, tmp_path / "b")
+    assert (outputs(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "b"))) - expected).abs().max() <= 1e-5
+
+
+def test_peft_finds_what_it_takes_our_names_for(tmp_path: Path):
+    base = TwoHeads()
+    ours = rw.attach(copy.deepcopy(base), rw.LoRA(rank=2, target_modules=["fc"], modules_to_save=["classifier"]))
+    perturb(ours, 0.1)
+    rw.save(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    assert (outputs(theirs) - outputs(ours)).abs().max() <= 1e-5
+    assert (outputs(rw.load(base, tmp_path)) - outputs(ours)).abs().max() <= 1e-5

@@ -224,3 +224,46 @@ def test_a_relative_pair_on_a_tied_head(start: str, tmp_path: Path):
     peft.save_pretrained(str(tmp_path), save_embedding_layers=False)
     with pytest.raises(UnsupportedAdapter, match="lm_head: its weight is shared by"):
         rw.load(tied(), tmp_path)
+
+
+class BiasedHead(nn.Module):
+    """A head with a bias, as Phi's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed_tokens, self.lm_head = nn.Embedding(64, 8), nn.Linear(8, 64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.embed_tokens(ids))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+def test_an_adapted_head_with_a_bias(tmp_path: Path):
+    peft = get_peft_model(BiasedHead(), LoraConfig(r=2, target_modules=BOTH))
+    perturb_peft(peft)
+    peft.save_pretrained(str(tmp_path))
+    assert "base_model.model.lm_head.base_layer.bias" in load_file(tmp_path / "adapter_model.safetensors")
+    assert not inspect(tmp_path).problems and not inspect(tmp_path).replaced
+    assert (outputs(rw.load(BiasedHead(), tmp_path)) - outputs(peft)).abs().max() <= 1e-5
+
+
+def test_whole_embeddings_stay_with_an_adapter_as_a_value(tmp_path: Path):
+    """Read, combined, squeezed and written again without a model."""
+    peft = get_peft_model(_grown(llama, 7), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    perturb_peft(peft)
+    peft.save_pretrained(str(tmp_path / "a"))
+    base = _grown(llama, 8)
+    expected = outputs(PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a")))
+    adapter = rw.read(tmp_path / "a")
+    combined = rw.algebra.combine([(adapter, 0.5), (adapter, 0.5)], method="exact").adapter
+    for number, value in enumerate((adapter, combined, rw.algebra.squeeze(adapter, rank=2).adapter)):
+        rw.write(value, tmp_path / str(number))
+        assert (outputs(rw.load(copy.deepcopy(base), tmp_path / str(number))) - expected).abs().max() <= 1e-5
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / str(number)))
+        assert (outputs(theirs) - expected).abs().max() <= 1e-5

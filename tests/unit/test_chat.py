@@ -44,6 +44,8 @@ ANSWERS = {
     "CHATML": ["hi<|im_end|>\n", "bye<|im_end|>\n"],
     "THOUGHTFUL": ["hi<turn|>\n", "bye<turn|>\n"],
     "PLAIN": [" hi<eos>", " bye<eos>"],
+    "LLAMA_2": [" hi <eos>", " bye <eos>"],
+    "OLMO_2": ["hi<eos>", "bye<eos>"],
 }
 
 

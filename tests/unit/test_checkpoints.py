@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import small_checkpoint
+from small_checkpoint import write
 
 from rankwise.errors import BrokenFile
 from rankwise.train.trainer.checkpoints import (
@@ -19,19 +21,10 @@ from rankwise.train.trainer.checkpoints import (
     clear_leftovers,
     keep_newest,
     newest_valid,
-    publish,
     set_aside,
 )
 
-FILES = {"optimizer.pt": 3000, "adapter_model.safetensors": 1500, "state/scheduler.pt": 40, "empty.txt": 0}
-
-
-def write(run_dir: Path, step: int) -> Path:
-    partial = begin(run_dir, step)
-    (partial / "state").mkdir()
-    for name, size in FILES.items():
-        (partial / name).write_bytes(random.Random(f"{name}{step}").randbytes(size))
-    return publish(partial, {"seed": step})
+FILES = (*small_checkpoint.FILES, "state/of-a-callback", "empty.txt")
 
 
 def everything(folder: Path) -> dict[str, bytes]:

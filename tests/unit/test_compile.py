@@ -109,6 +109,23 @@ def the_wrapper_itself_may_be_handed_over() -> None:
     assert sorted(model.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
 
 
+def blocks_compiled_alone(fullgraph: bool) -> None:
+    """Each with code of its own: what runs inside calls the products past every layer."""
+    model, x = _model("kaiming", "lora", 0.0)
+    expected, gradients = model(x), _grads(model, model, x)
+    fresh = copy.deepcopy(model)
+    rw.detach(fresh)
+    fresh[0].compile(backend="aot_eager", fullgraph=fullgraph)
+    with tempfile.TemporaryDirectory() as directory:
+        rw.save(model, directory)
+        rw.load(fresh, directory, trainable=True)
+    for _ in range(3):
+        torch.testing.assert_close(fresh(x), expected)
+        for found, gradient in zip(_grads(fresh, fresh, x), gradients, strict=True):
+            torch.testing.assert_close(found, gradient)
+    assert not fresh._forward_hooks  # all layers have run
+
+
 CASES = {
     **{
         f"{init}-{variant}": (same_as_without, init, variant)
@@ -116,6 +133,8 @@ CASES = {
         for variant, method in VARIANTS.items()
         if method.cls.takes_start
     },
+    "blocks": (blocks_compiled_alone, False),
+    "blocks in one graph": (blocks_compiled_alone, True),
     "dropout": (dropout_still_drops,),
     "later": (adapters_that_come_and_go_later_are_followed,),
     "bare wrapper": (the_wrapper_itself_may_be_handed_over,),

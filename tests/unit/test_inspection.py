@@ -1,9 +1,11 @@
 """inspect: what it says of sound directories, ours and PEFT's; what it does not open; which engines read what."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,54 @@ def test_a_hostile_file_takes_neither_memory_nor_time(tmp_path: Path):
     print(f"{seconds:.1f} s, {megabytes:.0f} MB")
     assert seconds < 20
     assert megabytes < 500
+
+
+GIGANTIC: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "a wide pair": ({"m.lora_A.weight": (8, 2**31 - 1), "m.lora_B.weight": (8, 8)}, {}),
+    "a pair of a huge rank": ({"m.lora_A.weight": (2**17, 2**17), "m.lora_B.weight": (2**17, 2**17)}, {"r": 2**17}),
+    "groups of a convolution": ({"m.lora_A.weight": (8, 2**29, 3, 3), "m.lora_B.weight": (8, 4, 1, 1)}, {}),
+    "AdaLoRA": ({"m.lora_A": (8, 2**30), "m.lora_B": (2**30, 8), "m.lora_E": (8, 1)}, {"peft_type": "ADALORA"}),
+    "many pairs": (
+        {
+            f"{i}.m.lora_{side}.weight": shape
+            for i in range(100)
+            for side, shape in (("A", (8, 2**24)), ("B", (2**24, 8)))
+        },
+        {},
+    ),
+    "a whole module": (
+        {"m.lora_A.weight": (8, 8), "m.lora_B.weight": (8, 8), "head.weight": (2**20, 25_000)},
+        {"modules_to_save": ["head"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shapes", "fields"), GIGANTIC.values(), ids=GIGANTIC)
+def test_files_of_a_hundred_gigabytes_that_take_no_room(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], fields: dict[str, Any]
+):
+    """Their sizes are said; nothing of such a size is read or hashed, and no verdict on engines is given."""
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        entries[f"base_model.model.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    with (tmp_path / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    with (tmp_path / "notes.txt").open("wb") as file:
+        file.truncate(10**11)
+    config = {"peft_type": "LORA", "r": 8, "init_r": 8, "lora_alpha": 8, "target_modules": ["m"], **fields}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    before = time.process_time()
+    found = inspect(tmp_path)
+    assert time.process_time() - before < 5
+    assert {file.name: file.sha256 is None for file in found.files} == {
+        "adapter_config.json": False, "adapter_model.safetensors": True, "notes.txt": True
+    }  # fmt: skip
+    assert any("too many numbers to be looked at" in note for note in found.notes)
+    assert not found.problems
+    assert bool(found.engines) == ("head.weight" in shapes)
 
 
 # ------------------------------------------------------------------------------------------------ the command line

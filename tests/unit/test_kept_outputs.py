@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from zoo import LAYERS, PAIR_VARIANTS, perturb
 
 import rankwise as rw
-from rankwise.layers.low_rank_product import writable
+from rankwise.in_place import writable
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
 VARIANTS = [*PAIR_VARIANTS, "bottleneck"]

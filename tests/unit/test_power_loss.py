@@ -1,19 +1,20 @@
 """Power loss at any moment, as tests/power_loss.py imagines it: what is read afterwards is old, new, or refused."""
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_checkpoint
 import torch
 from peft import PeftModel
 from power_loss import after_power_loss
+from small_checkpoint import write
 from torch import nn
 from zoo import perturb
 
 import rankwise as rw
 from rankwise.disk import whole_directory
-from rankwise.train.trainer.checkpoints import begin, check_directory, keep_newest, newest_valid, publish
+from rankwise.train.trainer.checkpoints import check_directory, keep_newest, newest_valid
 
 
 def model() -> nn.Sequential:
@@ -101,19 +102,13 @@ def test_a_directory_that_switches_as_a_whole(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in root.iterdir()] == ["adapter"]
 
 
-def write(run_dir: Path, step: int) -> None:
-    partial = begin(run_dir, step)
-    (partial / "state").mkdir()
-    for name in ("optimizer.pt", "state/rng.pth"):
-        (partial / name).write_bytes(random.Random(f"{name}{step}").randbytes(200))
-    publish(partial, {"seed": step})
-
-
 @pytest.mark.parametrize("limit", [None, 1])
 def test_a_checkpoint(tmp_path: Path, limit: int | None) -> None:
-    root = tmp_path / "run"
-    write(root, 1)
-    write(root, 2)
+    root, expected = tmp_path / "run", tmp_path / "expected"
+    for step in (1, 2):
+        write(root, step)
+    for step in (1, 2, 3):
+        write(expected, step)
     found = set()
 
     def next_one() -> None:
@@ -121,13 +116,13 @@ def test_a_checkpoint(tmp_path: Path, limit: int | None) -> None:
         if limit is not None:
             keep_newest(root, limit)
 
-    for folder in after_power_loss(root, next_one, tmp_path / "after"):
+    for folder in after_power_loss(root, next_one, tmp_path / "after", subsets=3):
         newest, broken = newest_valid(folder)
         assert newest is not None
         assert not broken
         step = check_directory(newest)["seed"]
         assert newest.name == f"checkpoint-{step}"
-        for name in ("optimizer.pt", "state/rng.pth"):
-            assert (newest / name).read_bytes() == random.Random(f"{name}{step}").randbytes(200)
+        for name in small_checkpoint.FILES:
+            assert (newest / name).read_bytes() == (expected / f"checkpoint-{step}" / name).read_bytes()
         found.add(step)
     assert found == {2, 3}

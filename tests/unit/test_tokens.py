@@ -103,6 +103,12 @@ def test_a_tokenizer_whose_bos_and_eos_are_one(load) -> None:
     assert sample["input_ids"] == [tokenizer.bos_token_id, *tokenizer("a")["input_ids"][1:], tokenizer.bos_token_id]
 
 
+def test_an_end_in_the_prompt_is_none_of_the_answer(load) -> None:
+    tokenizer = tiny_tokenizer()
+    (sample,) = tokenised(load({"prompt": "a<eos>", "completion": ""}).train, tokenizer)
+    assert sample["labels"] == [IGNORED, IGNORED, tokenizer.eos_token_id]
+
+
 def test_a_chat_template_writes_bos_itself(load) -> None:
     tokenizer = chat_tokenizer(tiny_chats.LLAMA_3, adds_bos=True)
     (text, learnt), *_ = pieces(tokenizer, load({"messages": CHAT}))

@@ -40,6 +40,7 @@ class Adapted:
         whole_modules: path → module trained whole, in the model's order.
         folded: site name → the weight that ``anchor="fold"`` put aside: W₀, or inside ``disabled(model)`` W₀ − sB₀A₀.
         merged: site name → the weight that ``merge`` put aside. The slots are off their layers then.
+        forwards: how many there were since the last adapter came, as long as some layer with one has not run.
     """
 
     base_flags: Mapping[str, bool]
@@ -52,6 +53,7 @@ class Adapted:
     whole_modules: dict[str, WholeModule] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, Tensor] = field(default_factory=dict)
+    forwards: int = 0
     _root: "weakref.ref[nn.Module] | None" = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class Adapted:
         add_copies(self.root, name, whole)
         self.specs[name], self.trainable[name] = spec, trainable
         self._collect()
-        watch_first_forward(self.root, self.slots.values())
+        watch_first_forward(self.root)
         self.activate((name,))
 
     def _collect(self) -> None:

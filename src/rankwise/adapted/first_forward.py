@@ -1,10 +1,10 @@
-"""The first forward after an attach: a layer whose surroundings run must run itself, or its adapter would do nothing.
+"""The first forwards after an attach: a weight that is used past its layer's forward is used without its adapter.
 
-Hooks tell bypassed layers from unused ones, such as an expert that no token chose. They come off once every layer with
-an adapter has run.
+Which weights products read is watched in the forwards 1, 2, 4, 8, … until every layer with an adapter has run. A layer
+that has not, and whose weight nothing read, was not wanted: an expert that no token chose, another task's head.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,47 +12,54 @@ from torch import nn
 
 from rankwise.adapted.slot import Slot, remove_hook
 from rankwise.errors import SiteNeverFired
-from rankwise.sites import ADAPTED, SLOT, base_modules
+from rankwise.in_place import is_transformed
+from rankwise.sites import ADAPTED, SLOT
+from rankwise.weight_reads import WeightReads
 
 
-def watch_first_forward(root: nn.Module, slots: Iterable[Slot]) -> None:
+def watch_first_forward(root: nn.Module) -> None:
     """Check in the forwards to come that none goes past a layer."""
-    parents = {root.get_submodule(slot.site_name.rpartition(".")[0]) for slot in slots if not slot.fired}
-    for parent in parents:
-        if _mark_reached not in parent._forward_pre_hooks.values():
-            parent.register_forward_pre_hook(_mark_reached)
-    if parents and _check_fired not in root._forward_hooks.values():
-        root.register_forward_hook(_check_fired)
+    vars(root)[ADAPTED].forwards = 0
+    if _begin not in root._forward_pre_hooks.values():
+        root.register_forward_pre_hook(_begin)
+        root.register_forward_hook(_end, always_call=True)
 
 
 def end_watch(root: nn.Module) -> None:
     """Take the hooks off."""
-    remove_hook(root, _check_fired)
-    for module in base_modules(root).values():
-        remove_hook(module, _mark_reached)
+    remove_hook(root, _begin)
+    remove_hook(root, _end)
 
 
-def _mark_reached(parent: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling():
+def _begin(root: nn.Module, args: Any) -> None:
+    if is_transformed():
         return
-    for layer in parent.children():
-        slot = layer._modules.get(SLOT)
-        if isinstance(slot, Slot):
-            slot.reached = True
+    WeightReads.ended(root)
+    adapted = vars(root)[ADAPTED]
+    adapted.forwards += 1
+    if adapted.forwards & (adapted.forwards - 1) == 0:
+        WeightReads(root, _idle(root, adapted.slots)).begin()
 
 
-def _check_fired(root: nn.Module, args: Any, output: Any) -> None:
-    """After a whole forward of the model."""
-    if torch.compiler.is_compiling():
+def _end(root: nn.Module, args: Any, output: Any) -> None:
+    """After a forward of the model, or an error in it."""
+    reads = None if torch.compiler.is_compiling() else WeightReads.ended(root)
+    if reads is None:
         return
-    slots: Mapping[str, Slot] = vars(root)[ADAPTED].slots
-    idle = [slot for slot in slots.values() if not slot.fired]
-    for slot in idle:
-        if slot.reached:
-            raise SiteNeverFired(
-                f"{slot.site_name}: a forward of the model went past this layer (its weight is used directly, as "
-                f"nn.MultiheadAttention does with out_proj), so an adapter here would do nothing; "
-                f"detach and name it in exclude_modules"
-            )
-    if not idle:
+    adapted = vars(root)[ADAPTED]
+    for path in _idle(root, adapted.slots).keys() & reads.read:
+        adapted.forwards = 0  # the next one is no better
+        raise SiteNeverFired(
+            f"{path}: a forward of the model went past this layer (its weight is used directly, as "
+            f"nn.MultiheadAttention does with out_proj), so an adapter here would do nothing; "
+            f"detach and name it in exclude_modules"
+        )
+    if all(slot.fired for slot in adapted.slots.values()):
         end_watch(root)
+
+
+def _idle(root: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Path → layer whose slot has not run; a merged model's are not on their layers."""
+    layers = {path: root.get_submodule(path) for path in paths}
+    slots = {path: layer._modules.get(SLOT) for path, layer in layers.items()}  # of a replica its own
+    return {path: layers[path] for path, slot in slots.items() if isinstance(slot, Slot) and not slot.fired}

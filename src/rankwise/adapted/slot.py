@@ -24,8 +24,7 @@ class Slot(nn.Module):
         active: names that take part in the forward, in this order: changes of the weight before bottlenecks, which act
             on the output of the layer so changed.
         enabled: False inside ``disabled(model)``.
-        fired: whether the layer's forward has run with this slot.
-        reached: whether the forward of the module around the layer has.
+        fired: whether the layer's forward has run with this slot, or been compiled.
     """
 
     def __init__(self, site_name: str) -> None:
@@ -35,11 +34,12 @@ class Slot(nn.Module):
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.fired = False
-        self.reached = False
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output y with the active adapters' parts."""
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            _will_fire(self)
+        else:
             if "forward" in vars(layer):  # as accelerate's offloading has it
                 check_in_memory(self, self.site_name)
             if not self.fired:
@@ -84,6 +84,12 @@ class Slot(nn.Module):
         remove_hook(layer, _add_adapters)
 
 
+@torch.compiler.assume_constant_result
+def _will_fire(slot: Slot) -> None:
+    """Called once, when the layer is compiled: a compiled layer runs nothing that could say that it has run."""
+    slot.fired = True
+
+
 def slot_on(layer: nn.Module, site_name: str) -> Slot:
     """The layer's slot: the one it has, or a new one."""
     slot = layer._modules.get(SLOT)
@@ -103,3 +109,4 @@ def remove_hook(module: nn.Module, hook: Any) -> None:
         for key in [key for key, registered in hooks.items() if registered is hook]:
             del hooks[key]
             module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)

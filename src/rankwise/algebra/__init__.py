@@ -9,7 +9,9 @@ __getattr__ = lazy_attributes(
         "Approximation": ".approximation:Approximation",
         "Squeezed": ".squeezing:Squeezed",
         "combine": ".combining:combine",
+        "convert": ".converting:convert",
         "extract": ".extracting:extract",
+        "renamed": ".renaming:renamed",
         "squeeze": ".squeezing:squeeze",
     },
 )

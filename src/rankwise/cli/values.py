@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +117,16 @@ def value_table(title: str, approximation: Approximation, out: Path) -> Table:
     table.add_row("ranks", f"{ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}, at {len(ranks)} layers")
     table.add_row("numbers", f"{approximation.parameters:,}")
     table.add_row("change lost", f"{approximation.error:.2%}; {errors[worst]:.2%} at the worst layer, {worst}")
-    for name, size in approximation.left_out.items():
-        table.add_row("left out", f"{name}, a change of {size:.3g}")
+    for layers, sizes in _by_kind(approximation.left_out).items():
+        count = f" ({len(sizes)} layers)" if sizes[1:] else ""
+        table.add_row("left out", f"{layers}{count}, a change of {math.hypot(*sizes):.3g}")
     table.add_row("adapter", str(out))
     return table
+
+
+def _by_kind(left_out: Mapping[str, float]) -> dict[str, list[float]]:
+    """Names that differ in the number of their layer only, as one, with the sizes of all."""
+    kinds: dict[str, list[float]] = {}
+    for name, size in left_out.items():
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(size)
+    return kinds

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankwise.errors import EvidenceError, NoGradient, NonFiniteGradient
 from rankwise.evidence.processes import failing_together, total
 from rankwise.evidence.undisturbed import each_batch, hooked, layer_input, run_forward, undisturbed
-from rankwise.layers.low_rank_product import writable
+from rankwise.in_place import writable
 from rankwise.layers.quantised import forbid_repacking
 
 Loss = Callable[[nn.Module, Any], Tensor]

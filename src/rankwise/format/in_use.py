@@ -33,6 +33,18 @@ def resized_layers(adapted: Adapted, name: str) -> list[str]:
     return [path for path in _resized(adapted, modules) if path not in saved_whole]
 
 
+def named_along(adapted: Adapted, name: str) -> list[str]:
+    """Paths of modules that PEFT takes a name in modules_to_save for, in the middle of a part: it wants their tensors.
+
+    To PEFT "classifier" also names ``pre_classifier``.
+    """
+    names = adapted.specs[name].modules_to_save
+    modules = base_modules(adapted.root)
+    ends = [path for path in modules if names and path.endswith(tuple(names))]
+    whole = {*keys_under(names, modules), *(path for path, slot in adapted.slots.items() if name in slot.adapters)}
+    return [path for path in ends if path not in whole and any(True for _ in modules[path].parameters())]
+
+
 def _resized(adapted: Adapted, modules: dict[str, nn.Module]) -> Iterator[str]:
     for path, shape in adapted.base_shapes.items():
         kind = kind_or_none(modules[path]) if path in modules else None

@@ -13,12 +13,12 @@ from rankwise.errors import MissingTensor, ShapeMismatch, SpecError, TargetError
 from rankwise.format.adalora import as_plain_pair
 from rankwise.format.configuration import is_adalora, pair_variants
 from rankwise.format.names import (
-    BASE_COPY,
     CONFIG,
     EMBEDDING_PAIR,
     PAIR,
     PREFIX,
     TENSORS,
+    is_base_copy,
     is_embedding,
     site_and_suffix,
     whole_name,
@@ -29,12 +29,29 @@ from rankwise.scaling import declared
 T = TypeVar("T")
 
 
+def named_whole(fields: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The fields, with the modules that PEFT takes a name in modules_to_save for, by their paths.
+
+    To PEFT it is the end of a path, in the middle of a part too: "classifier" also names ``pre_classifier``.
+    """
+    names = fields["modules_to_save"]
+    paths = {name.rpartition(".")[0] for key in keys if key.startswith(PREFIX) and (name := whole_name(key))}
+    meant = {place for path in paths for place in _beginnings(path) if names and place.endswith(tuple(names))}
+    return {**fields, "modules_to_save": (*names, *sorted(meant.difference(keys_under(names, meant))))}
+
+
+def _beginnings(path: str) -> list[str]:
+    """``a.b.c`` → a, a.b, a.b.c."""
+    parts = path.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
+
+
 def whole_keys(keys: Iterable[str], config: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """Those of a file's names that stand for a module's own tensors: of modules trained whole, and of embeddings."""
+    """Those of a file's names that stand for modules' own tensors: trained whole, embeddings', adapted layers'."""
     names = [key for key in keys if key.startswith(PREFIX)]
-    whole = {*keys_under(fields["modules_to_save"], names), *filter(is_embedding, names)}
-    pairs = is_adalora(config)
-    return [key for key in names if key in whole and site_and_suffix(key, bare_pairs=pairs) is None]
+    trained = set(keys_under(fields["modules_to_save"], names))
+    whole = [key for key in names if key in trained or is_embedding(key) or is_base_copy(key)]
+    return [key for key in whole if site_and_suffix(key, bare_pairs=is_adalora(config)) is None]
 
 
 def whole_tensors(source: Path, tensors: Mapping[str, T]) -> dict[str, T]:
@@ -160,7 +177,7 @@ class SiteReader:
 
     def _check_extra(self, path: str, extra: Mapping[str, Any]) -> None:
         """What stands beside a pair must be the variant's; loading the rest would be another function."""
-        for suffix in sorted(extra.keys() - {BASE_COPY}):
+        for suffix in sorted(extra):
             variants = pair_variants()
             if suffix not in variants[self.fields["variant"]].tensors:
                 marks = [other.marks for other in variants.values() if suffix in other.tensors]

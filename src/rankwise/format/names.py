@@ -14,7 +14,8 @@ BASE_COPY = "base_layer"  # PEFT saves an adapted embedding's own weight along
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings")
 _TRAINED, _ORIGINAL = "modules_to_save", "original_module"  # what PEFT's wrapper of a module trained whole holds
 _EITHER = ("lora_magnitude_vector",)  # with and without ".weight"
-_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<suffix>lora_\w+|{BASE_COPY})(?P<weight>\.weight)?")
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<suffix>lora_\w+)(?P<weight>\.weight)?")
+_COPY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.{BASE_COPY}\.(?P<rest>weight|bias)")
 
 
 def site_and_suffix(key: str, *, bare_pairs: bool = False) -> tuple[str, str] | None:
@@ -27,8 +28,7 @@ def site_and_suffix(key: str, *, bare_pairs: bool = False) -> tuple[str, str] | 
     if match is None:
         return None
     suffix = match["suffix"]
-    has_weight = suffix == BASE_COPY or (suffix in PAIR and not bare_pairs)
-    spelt = suffix in _EITHER or bool(match["weight"]) == has_weight
+    spelt = suffix in _EITHER or bool(match["weight"]) == (suffix in PAIR and not bare_pairs)
     return (match["path"], suffix) if spelt else None
 
 
@@ -40,12 +40,19 @@ def whole_name(key: str) -> str | None:
     >>> whole_name("base_model.model.head.classifier.modules_to_save.default.0.weight")
     'head.classifier.0.weight'
     """
+    if copy := _COPY.fullmatch(key):
+        return f"{copy['path']}.{copy['rest']}"
     parts = key.removeprefix(PREFIX).split(".")
     if _TRAINED in parts:
         place = parts.index(_TRAINED)
         named = parts[place + 1 : place + 2] == ["default"]  # an adapter's name
         del parts[place : place + 1 + named]
     return None if _ORIGINAL in parts else ".".join(parts)
+
+
+def is_base_copy(key: str) -> bool:
+    """Whether a name in the file is that of an adapted layer's own tensor."""
+    return _COPY.fullmatch(key) is not None
 
 
 def is_embedding(key: str) -> bool:

@@ -22,7 +22,7 @@ from rankwise.disk import json_bytes, write_files
 from rankwise.errors import SpecError, UnsupportedAdapter
 from rankwise.files import read_json
 from rankwise.format.configuration import read_extra, read_unlike_peft, relative_start, stated_fields, variant_recorded
-from rankwise.format.layout import SiteReader, StoredSite, by_site, whole_keys, whole_tensors
+from rankwise.format.layout import SiteReader, StoredSite, by_site, named_whole, whole_keys, whole_tensors
 from rankwise.format.names import BASE_COPY, CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
 from rankwise.format.selection import stated_selection
 from rankwise.methods import name_of
@@ -175,11 +175,12 @@ def read_adapter(directory: str | Path) -> Adapter:
 
 def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
     """Like :func:`read_adapter`; where the configuration has a relative start, with the pairs as they are stored."""
-    fields = stated_fields(folder / CONFIG, config)
     tensors = read_tensors(folder / TENSORS)
+    fields = named_whole(stated_fields(folder / CONFIG, config), tensors)
     whole = {key: tensors.pop(key) for key in whole_keys(tensors, config, fields)}
     parts = by_site(folder / TENSORS, tensors, config)
-    stated_selection(folder / CONFIG, config, fields).check(parts)
+    selection = stated_selection(folder / CONFIG, config, fields)
+    selection.check(parts)
     reader = SiteReader(folder, config, fields, list(parts))
     stored = {path: reader.site(path, part) for path, part in parts.items()}
     extra, probes = read_extra(folder, stored)
@@ -188,7 +189,7 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> Adapter:
     return Adapter(
         _recorded(folder / EXTRA, extra, LoRA(**fields)),
         sites,
-        one_of_each(sites),
+        fields["target_modules"] if selection.by_ends_alone else one_of_each(sites),
         probes,
         config.get("base_model_name_or_path"),
         whole_tensors(folder / TENSORS, whole),

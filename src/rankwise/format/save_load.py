@@ -24,8 +24,8 @@ from rankwise.errors import (
 from rankwise.files import read_json, settled
 from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own, relative_start, stated_fields
-from rankwise.format.in_use import resized_layers
-from rankwise.format.names import BASE_COPY, CONFIG, FILES, TENSORS
+from rankwise.format.in_use import named_along, resized_layers
+from rankwise.format.names import CONFIG, FILES, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_pairs, write_adapter
 from rankwise.format.relative import change_of_base, check_untied
@@ -75,16 +75,19 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
 
 
 def _saved_whole(adapted: Adapted, name: str) -> tuple[LoRA, dict[str, Tensor]]:
-    """The spec of what is saved, and the tensors that are saved whole: those trained so, and a resized vocabulary's.
+    """The spec of what is saved, and the tensors that are saved whole.
+
+    Those are the ones trained so, a resized vocabulary's, and those that PEFT would look for because of their names.
 
     Raises:
         AttachError: the model was changed, so that it does not use what would be saved.
     """
-    spec, resized = adapted.specs[name], resized_layers(adapted, name)
+    spec = adapted.specs[name]
+    added = dict.fromkeys([*resized_layers(adapted, name), *named_along(adapted, name)])
     whole = adapted.whole_tensors(name)
-    for path in resized:
+    for path in added:
         whole |= base_state(path, adapted.layer(path))
-    return replace(spec, modules_to_save=(*spec.modules_to_save, *resized)), whole
+    return replace(spec, modules_to_save=(*spec.modules_to_save, *added)), whole
 
 
 def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
@@ -252,7 +255,6 @@ def _restored(
     layer = base_layer(modules, path, folder)
     kind = kind_of(layer)
     _check_fits(layer, kind, path, site, folder)
-    extra = {suffix: tensor for suffix, tensor in site.extra.items() if suffix != BASE_COPY}
     delta = site.delta
     weight = kind.weight(layer) if replaced is None else kind.matrix(layer, replaced.to(layer.weight))
     device, dtype = weight.device, fp32_or_finer(weight.dtype)
@@ -260,7 +262,7 @@ def _restored(
     if start is not None and replaced is None:
         moved = change_of_base(start, path, layer, kind, moved)
     described = Site(path, kind.name, kind.shape(layer), moved.rank, moved.scale)
-    restored = spec.variant.restore(described, kind, weight, moved, extra)
+    restored = spec.variant.restore(described, kind, weight, moved, site.extra)
     restored.dropout = spec.dropout  # of use only where it is trained on
     return restored
 

@@ -33,6 +33,11 @@ class Selection:
     layers: tuple[int, ...]
     layers_pattern: tuple[str, ...]
 
+    @property
+    def by_ends_alone(self) -> bool:
+        """Whether the targets say all, as names: nothing narrows them."""
+        return isinstance(self.targets, tuple) and not (self.excluded or self.layers)
+
     def chosen(self, paths: Collection[str]) -> set[str]:
         """Those of some module paths that are adapted; of "all-linear", whatever kind of module they are.
 

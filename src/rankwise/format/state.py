@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankwise.adapted.adapted import Adapted
 from rankwise.errors import ShapeMismatch, SpecMismatch
 from rankwise.format.built import layer_tensors
+from rankwise.json_object import as_object
 from rankwise.tensor_files import check_fit, read_metadata, read_tensors, write_tensors
 
 STATE = "rankwise_state.safetensors"
@@ -28,7 +29,7 @@ def _state_and_spec(model: nn.Module, name: str | None) -> tuple[dict[str, Tenso
 
 
 def _check_spec(path: Path, expected: str) -> None:
-    saved, wanted = json.loads(read_metadata(path).get(_SPEC, "{}")), json.loads(expected)
+    saved, wanted = as_object(f"{path}: {_SPEC}", read_metadata(path).get(_SPEC, "{}").encode()), json.loads(expected)
     other = [key for key in wanted if saved.get(key) != wanted[key]]
     if other:
         raise SpecMismatch(

@@ -4,16 +4,14 @@ PEFT writes them into the base when it reads the file. Where they are the base's
 model was resized for the adapter, the new rows are in no other file.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.adapter import Adapter
 from rankwise.errors import BaseMismatch, ShapeMismatch
-from rankwise.format.names import BASE_COPY
+from rankwise.format.names import is_embedding
 from rankwise.layers.kinds import parameter_owners
 from rankwise.patterns import keys_under
 from rankwise.sites import base_modules
@@ -31,15 +29,15 @@ def changed_embeddings(model: nn.Module, adapter: Adapter, source: Path) -> dict
         ShapeMismatch: the model's vocabulary is another. BaseMismatch: it has no such layer, or of another base.
     """
     modules = base_modules(model)
-    owners = parameter_owners(model)
     changed: dict[str, Tensor] = {}
     for name, stored in _stored(adapter).items():
         path, _, last = name.rpartition(".")
         own = modules[path]._parameters.get(last) if path in modules else None
         if own is None:
             raise BaseMismatch(f"{source}: has {name}, of a module that this model lacks; it is another base's")
-        if not _alike(source, name, stored, own):
-            tied = [other for other in owners[id(own)] if other.rpartition(".")[0] in modules]
+        replaceable = isinstance(modules[path], nn.Embedding) or is_embedding(name)
+        if not _alike(source, name, stored, own, _MOST_CHANGED if replaceable else 0.0):
+            tied = [other for other in parameter_owners(model)[id(own)] if other.rpartition(".")[0] in modules]
             changed |= dict.fromkeys(tied, stored)
     return changed
 
@@ -47,12 +45,10 @@ def changed_embeddings(model: nn.Module, adapter: Adapter, source: Path) -> dict
 def _stored(adapter: Adapter) -> dict[str, Tensor]:
     """The embeddings in the file: adapted layers' own, and those that no name in modules_to_save accounts for."""
     trained = set(keys_under(adapter.spec.modules_to_save, adapter.saved))
-    beside = {name: tensor for name, tensor in adapter.saved.items() if name not in trained}
-    extra: Mapping[str, Any] = {path: site.extra for path, site in adapter.sites.items()}
-    return beside | {f"{path}.weight": part[BASE_COPY] for path, part in extra.items() if BASE_COPY in part}
+    return {name: tensor for name, tensor in adapter.saved.items() if name not in trained}
 
 
-def _alike(source: Path, name: str, stored: Tensor, own: Tensor) -> bool:
+def _alike(source: Path, name: str, stored: Tensor, own: Tensor, most: float) -> bool:
     if stored.shape != own.shape:
         raise ShapeMismatch(
             f"{source}: {name} is {tuple(stored.shape)}, expected {tuple(own.shape)}; the vocabulary was resized for "
@@ -60,9 +56,9 @@ def _alike(source: Path, name: str, stored: Tensor, own: Tensor) -> bool:
         )
     close = torch.isclose(stored.to(own), own.detach(), rtol=1e-2, atol=1e-6).flatten(1 if own.dim() > 1 else 0)
     changed = 1.0 - float((close.all(1) if own.dim() > 1 else close).float().mean())
-    if changed > _MOST_CHANGED:
+    if changed > most:
         raise BaseMismatch(
             f"{source}: holds {name} whole, and {changed:.0%} of its rows are not this model's (expected at most "
-            f"{_MOST_CHANGED:.0%}, new tokens): the base was trained or is another; load that base first"
+            f"{most:.0%}, new tokens): the base was trained or is another; load that base first"
         )
     return changed == 0.0

@@ -18,14 +18,42 @@ Array = NDArray[Any]
 _DTYPES = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8"}
 _DTYPES |= {"I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 _CHUNK = 2**24  # bytes that are checked at a time
+READ_LIMIT = 2 * 2**30  # bytes that are checked in all
+_SITE_NUMBERS, _SITES_NUMBERS = 2**27, 2**29  # of one site, and of all, that are looked at
+_WORK = 1e11  # multiplications for norms
 
 
 class TensorFile:
-    """An open safetensors file whose header was read."""
+    """An open safetensors file whose header was read.
+
+    A file may claim any size and take no room on the disk: what is past the limits is not read.
+
+    Attributes:
+        unread: names of tensors past the limits.
+    """
 
     def __init__(self, path: Path, entries: Mapping[str, TensorEntry], stream: BinaryIO) -> None:
         self._path, self._entries, self._stream = path, entries, stream
         self._data = 8 + int.from_bytes(stream.read(8), "little")
+        self._bytes_left, self._numbers_left, self._work_left = READ_LIMIT, _SITES_NUMBERS, _WORK
+        self.unread: list[str] = []
+
+    def takes_site(self, entries: Iterable[TensorEntry]) -> bool:
+        """Whether a site's tensors are within the limits; they count as read then."""
+        numbers = sum(entry.numbers for entry in entries)
+        if numbers > min(_SITE_NUMBERS, self._numbers_left):
+            self.unread.extend(entry.name for entry in entries)
+            return False
+        self._numbers_left -= numbers
+        return True
+
+    def takes_norm(self, B: Array, A: Array) -> bool:
+        """Whether the norm of B A is within the limits; it counts as taken then."""
+        work = len(A) * (A.size + B.size)
+        if work > self._work_left:
+            return False
+        self._work_left -= work
+        return True
 
     def array(self, name: str) -> Array:
         """A tensor; floating-point numbers in fp32 or finer.
@@ -44,6 +72,10 @@ class TensorFile:
         """
         for name in names:
             entry = self._entries[name]
+            self._bytes_left -= entry.end - entry.start
+            if self._bytes_left < 0:
+                self.unread.append(name)
+                continue
             for start in range(entry.start, entry.end, _CHUNK):
                 self._numbers(name, start, min(start + _CHUNK, entry.end))
 
@@ -95,7 +127,15 @@ _E4M3 = _e4m3()
 
 
 def low_rank_norm(B: Array, A: Array, scale: float) -> float:
-    """‖scale · B A‖_F of B [out, r] and A [r, in], from the QR of the factors; infinite or NaN where it overflows."""
+    """‖scale · B A‖_F = scale · √⟨BᵀB, AAᵀ⟩ of B [out, r] and A [r, in] in fp64; infinite or NaN if it overflows."""
     with np.errstate(all="ignore"):
-        r_B, r_A = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (B, A.T))
-        return float(np.linalg.norm(scale * (r_B @ r_A.T)))
+        return scale * float(np.sqrt(max(float(np.sum(_gram(B) * _gram(A.T))), 0.0)))
+
+
+def _gram(rows: Array) -> NDArray[np.float64]:
+    """XᵀX of X [n, r], a part at a time."""
+    total = np.zeros((rows.shape[1], rows.shape[1]))
+    for start in range(0, len(rows), 2**16):
+        part = rows[start : start + 2**16].astype(np.float64)
+        total += part.T @ part
+    return total

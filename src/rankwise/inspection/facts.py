@@ -17,7 +17,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file of the directory; ``sha256`` is None where it was not opened."""
+    """A file of the directory; ``sha256`` is None where it was not opened, or is too large to be read here."""
 
     name: str
     size: int
@@ -34,8 +34,8 @@ class SiteFacts:
         shape: (out, in) of the weight as one matrix.
         rank, scale: of ΔW = scale · B A; of a bottleneck, its width and 1.
         dtype: of the stored tensors.
-        change: ‖ΔW‖_F; None where no pair expresses it, where the pair is relative to a changed base, and where it is
-            beyond fp32.
+        change: ‖ΔW‖_F; None where no pair expresses it, where the pair is relative to a changed base or too large to be
+            looked at, and where it is beyond fp32.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Inspection:
         notes: what is worth knowing, but is not refused.
         problems: what :func:`load` would refuse, each with its error's name.
         unlike_peft: convolution → what PEFT's layer for it leaves out, so that it computes another function.
-        engines: who reads it right; empty where there are problems.
+        engines: who reads it right; empty where there are problems, or sites too large to be looked at.
     """
 
     directory: str

@@ -24,8 +24,8 @@ from rankwise.format.configuration import (
     stated_fields,
     variant_recorded,
 )
-from rankwise.format.layout import SiteReader, by_site, stray, whole_keys, whole_tensors
-from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, TENSORS, site_and_suffix, whole_name
+from rankwise.format.layout import SiteReader, by_site, named_whole, stray, whole_keys, whole_tensors
+from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, TENSORS, is_base_copy, site_and_suffix, whole_name
 from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import verdicts
@@ -35,6 +35,7 @@ from rankwise.tensor_header import TensorEntry
 
 T = TypeVar("T")
 _LISTED = 200  # files, and problems, that a report names
+_HASHED_TENSORS, _HASHED = 2**30, 2**26  # bytes of the adapter's tensors, and of any other file
 _CODE = (".py", ".so", ".sh", ".pyc", ".dll", ".exe", ".ipynb")
 
 
@@ -60,14 +61,16 @@ def _inspect(folder: Path) -> Inspection:
     fields: dict[str, Any] | None = None
     spec: dict[str, Any] | None = None
     whole: dict[str, None] = {}
+    parts: dict[str, dict[str, TensorEntry]] = {}
     sites: list[SiteFacts] = []
     unlike_peft: dict[str, str] = {}
     if is_own(config):
-        spec, sites = _own_sites(folder, config, entries, problems)
+        spec, sites = _own_sites(folder, config, entries, problems, notes)
     elif config:
         fields = problems.catch(lambda: stated_fields(folder / CONFIG, config))
         spec = None if fields is None else plain_fields(fields)
     if fields is not None and header is not None:
+        fields = named_whole(fields, entries)
         whole = dict.fromkeys(whole_keys(entries, config, fields))
         changes = {key: entry for key, entry in entries.items() if key not in whole}
         parts = _parts(folder / TENSORS, changes, config, problems)
@@ -80,7 +83,9 @@ def _inspect(folder: Path) -> Inspection:
             problems.catch(lambda: whole_tensors(folder / TENSORS, whole))
             reader = problems.catch(lambda: SiteReader(folder, config, fields, list(parts)))
             sites = [] if reader is None else list(_sites(reader, parts, file, problems))
-    replaced = tuple(dict.fromkeys(name.rpartition(".")[0] for name in map(whole_name, whole) if name))
+        notes.extend(_unread(file))
+    beside = [key for key in whole if not is_base_copy(key)]  # an adapted layer's own weight is the base's, or resized
+    replaced = tuple(dict.fromkeys(name.rpartition(".")[0] for name in map(whole_name, beside) if name))
     if replaced:
         notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
     start = relative_start(config)
@@ -104,7 +109,8 @@ def _inspect(folder: Path) -> Inspection:
         problems.listed(),
         unlike_peft,
     )
-    engines = () if problems.messages else verdicts(facts)  # which go by PEFT's own fields
+    judged = not problems.messages and (is_own(config) or len(sites) == len(parts))
+    engines = verdicts(facts) if judged else ()  # which go by PEFT's own fields
     return replace(facts, spec=spec, engines=engines)
 
 
@@ -153,6 +159,9 @@ def _file(path: Path, notes: list[str]) -> FileFacts:
     size = path.stat().st_size
     try:
         check_stays_inside(path)
+        if size > (_HASHED_TENSORS if path.name == TENSORS else _HASHED):
+            notes.append(f"{path.name!r} has {size} bytes, too many to be hashed here")
+            return FileFacts(path.name, size, None)
         return FileFacts(path.name, size, sha256(path))
     except UnsafeFile as error:
         notes.append(str(error))
@@ -175,14 +184,15 @@ def _sites(
 ) -> Iterator[SiteFacts]:
     """The sites that are sound, each read by itself."""
     for path, part in parts.items():
-        site = problems.catch(partial(_site, reader, path, part, file))
+        fits = file.takes_site(part.values())
+        site = problems.catch(partial(_site, reader, path, part, file)) if fits else None
         if site is not None:
             yield site
 
 
 def _site(reader: SiteReader, path: str, part: Mapping[str, TensorEntry], file: TensorFile) -> SiteFacts:
     site = reader.site(path, {suffix: file.array(entry.name) for suffix, entry in part.items()})
-    norm = low_rank_norm(site.B, site.A, site.scale)
+    norm = low_rank_norm(site.B, site.A, site.scale) if file.takes_norm(site.B, site.A) else math.nan
     change = norm if math.isfinite(norm) and relative_start(reader.config) is None else None
     return SiteFacts(path, site.kind, (len(site.B), site.A.shape[1]), len(site.A), site.scale, _dtypes(part), change)
 
@@ -191,8 +201,13 @@ def _dtypes(part: Mapping[str, TensorEntry]) -> str:
     return ", ".join(sorted({entry.dtype for entry in part.values()}))
 
 
+def _unread(file: TensorFile) -> Iterator[str]:
+    if file.unread:
+        yield f"{len(file.unread)} tensors are too many numbers to be looked at here; the first is {file.unread[0]}"
+
+
 def _own_sites(
-    folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], problems: _Problems
+    folder: Path, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], problems: _Problems, notes: list[str]
 ) -> tuple[dict[str, Any] | None, list[SiteFacts]]:
     """The spec, as plain data, and the sites of a directory that rankwise alone reads."""
     from rankwise.format.own_form import configured, states_by_site  # a method's own file, which needs torch
@@ -205,6 +220,7 @@ def _own_sites(
     if entries:
         with opened(folder / TENSORS, entries) as file:
             problems.catch(lambda: file.check_finite(entries))
+        notes.extend(_unread(file))
     variant = str(config["peft_type"]).removeprefix(OWN).lower()
     facts = [
         SiteFacts(path, variant, sites[path].shape, sites[path].rank, sites[path].scale, _dtypes(state), None)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from rankwise.algebra.precision import at_least_fp32, fp32_or_finer
 from rankwise.errors import EvidenceError, TargetError
+from rankwise.in_place import is_transformed, writable
 from rankwise.layers.increments import Dense, Increment, Outer
-from rankwise.layers.low_rank_product import add_low_rank, as_rows, is_transformed, writable
+from rankwise.layers.low_rank_product import add_low_rank, as_rows
 from rankwise.layers.quantised import dequantised
 from rankwise.shapes import Float, Shaped
 

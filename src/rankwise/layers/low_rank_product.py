@@ -11,12 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._C import _autograd, _functorch
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _global_forward_hooks
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch import Tensor
 
+from rankwise.in_place import is_transformed
 from rankwise.shapes import Float
 
 
@@ -28,10 +25,10 @@ def add_low_rank(
     scale: float,
     dropout: float = 0.0,
 ) -> Float[Tensor, "*batch out"]:
-    """y + scale · dropout(x) Aᵀ Bᵀ, written into y but where :func:`is_transformed`.
+    """y + scale · dropout(x) Aᵀ Bᵀ, written into y but where :func:`rankwise.in_place.is_transformed`.
 
     Args:
-        y: what the frozen layer returned, if it is :func:`writable`; its dtype is the compute type.
+        y: what the frozen layer returned, if it is :func:`rankwise.in_place.writable`; its dtype is the compute type.
         dropout: probability of dropping an element of x; 0 outside training.
     """
     if is_transformed():
@@ -40,40 +37,6 @@ def add_low_rank(
     if not torch.is_grad_enabled():
         return _add(y, _down(x, A, y.dtype, dropout, _draw_seed(dropout)), B, _gain(scale, dropout))
     return _AddLowRank.apply(y, x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
-
-
-def is_transformed() -> bool:
-    """Whether the forward must be plain operators: for the compiler, torch.func, forward-mode differentiation.
-
-    And for a mode that keeps operators' results, such as selective checkpointing.
-    """
-    return (
-        torch.compiler.is_compiling()  # which fuses and plans memory itself
-        or _functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or is_in_torch_dispatch_mode(include_infra_modes=False)
-    )
-
-
-# Whose forwards return a new tensor and keep nothing of it.
-_RETURNS_NEW = {"torch.nn.modules.linear", "transformers.pytorch_utils", "bitsandbytes.nn.modules"}
-
-
-def writable(layer: nn.Module, y: Tensor) -> Tensor:
-    """What the layer returned, or a copy unless the one forward hook that calls this is all that can hold it.
-
-    Another forward, a hook or a mode that sees tensors may keep y, or have saved it for its backward pass. And autograd
-    lets nobody write into a view made inside a custom Function, as bitsandbytes' int8 layers return.
-    """
-    alone = (
-        type(layer).forward.__module__ in _RETURNS_NEW
-        and "forward" not in vars(layer)
-        and len(layer._forward_hooks) == 1
-        and not _global_forward_hooks
-        and not torch._C._len_torch_function_stack()
-        and not (y._is_view() and _autograd._get_creation_meta(y) != _autograd.CreationMeta.DEFAULT)
-    )
-    return y if alone else y.clone()
 
 
 def as_rows(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "rows n"]:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
 from rankwise.errors import MissingTensor, ShapeMismatch
+from rankwise.in_place import is_transformed
 from rankwise.layers.kinds import Kind
-from rankwise.layers.low_rank_product import as_rows, is_transformed
+from rankwise.layers.low_rank_product import as_rows
 from rankwise.shapes import Float
 from rankwise.sites import Site, Start
 from rankwise.variants.base import ALL, PairVariant

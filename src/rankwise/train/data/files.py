@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ Reader = Callable[[Path, str | None], Iterator[Placed]]  # of a path and how it 
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _CHUNK = 1 << 20
+_SIGN = re.compile(r"[^ \t\n\r]")
 _HELD_OUT = ("validation", "test", "eval", "dev")  # what the held-out part of saved splits is called
 
 
@@ -93,28 +95,34 @@ def _read_array(path: Path, compression: str | None) -> Iterator[Placed]:
     """The objects of an array, of which no more is in memory than the one that is read."""
     decoder = json.JSONDecoder()
     with _open(path, compression) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
-        rest, number = _from_next_sign(_from_next_sign("", text)[1:], text), 1
-        while not rest.startswith("]"):
+        rest, at = _next_sign("", 0, text)
+        rest, at = _next_sign(rest, at + 1, text)
+        number = 1
+        while not rest.startswith("]", at):
             place = f"{path}, record {number}"
             try:
-                record, end = decoder.raw_decode(rest)
+                record, end = decoder.raw_decode(rest, at)
             except (ValueError, RecursionError) as error:
-                if not (more := text.read(max(_CHUNK, len(rest)))):
-                    raise DataError(f"{place}: expected a JSON object, found {shortened(rest)}: {error}.") from None
-                rest += more
+                if not (more := text.read(max(_CHUNK, len(rest) - at))):
+                    raise DataError(
+                        f"{place}: expected a JSON object, found {shortened(rest[at:])}: {error}."
+                    ) from None
+                rest, at = rest[at:] + more, 0
                 continue
             yield place, _object(record, place)
-            rest = _from_next_sign(rest[end:], text)
-            if rest[:1] not in (",", "]"):
-                raise DataError(f"{place}: expected a comma or the array's end after it, found {shortened(rest)}.")
-            rest, number = _from_next_sign(rest.removeprefix(","), text), number + 1
+            rest, at = _next_sign(rest, end, text)
+            if rest[at : at + 1] not in (",", "]"):
+                raise DataError(f"{place}: expected a comma or the array's end after it, found {shortened(rest[at:])}.")
+            if rest[at] == ",":
+                rest, at = _next_sign(rest, at + 1, text)
+            number += 1
 
 
-def _from_next_sign(rest: str, text: io.TextIOWrapper) -> str:
-    """The rest of what was read, from its first sign that is no space; more is read where there is none."""
-    while not (rest := rest.lstrip()) and (more := text.read(_CHUNK)):
-        rest = more
-    return rest
+def _next_sign(rest: str, at: int, text: io.TextIOWrapper) -> tuple[str, int]:
+    """Where the next sign stands that is no space: in what was read, or, where that ends, in what is read then."""
+    while (sign := _SIGN.search(rest, at)) is None and (more := text.read(_CHUNK)):
+        rest, at = more, 0
+    return rest, len(rest) if sign is None else sign.start()
 
 
 def _decoded(line: bytes, place: str) -> str:

@@ -67,7 +67,7 @@ def _encoder(
         ids, labels = labelled(tokenizer, text, [(start, len(text))])
         kept = _once(before, ids)
         labels = [IGNORED] * (len(kept) - len(ids)) + labels
-        return (kept, labels) if kept[-1:] == [end] else ([*kept, end], [*labels, end])
+        return (kept, labels) if labels[-1:] == [end] else ([*kept, end], [*labels, end])
 
     if "prompt" in columns:
         return lambda row: whole(row["prompt"] + row["completion"], len(row["prompt"]))
@@ -99,7 +99,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text: BOS, or nothing."""
     bare, full = _ids(tokenizer, "a"), tokenizer("a")["input_ids"]
-    before: list[int] = full[: full.index(bare[0])]
+    before: list[int] = full[: next(place for place in range(len(full)) if full[place:][: len(bare)] == bare)]
     return before
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from rankwise.disk import write_json
-from rankwise.errors import Diverged, RecipeError
+from rankwise.errors import BrokenFile, Diverged, RecipeError
 from rankwise.files import read_json
 from rankwise.methods import name_of
 from rankwise.optim import OPTIMIZERS
@@ -142,19 +142,25 @@ def search(trainer: AdapterTrainer, sites: Sequence[Site]) -> Search:
     Raises:
         RecipeError: several processes, or too little data to hold a batch back.
     """
-    recipe, args, model = trainer.recipe, trainer.args, trainer.model
+    recipe, args = trainer.recipe, trainer.args
     if args.world_size > 1:
         raise RecipeError(
             f"`learning_rate`: auto is chosen in one process, found {args.world_size}. Take the number that a run of "
             f"one process chooses (it is in {FILE} of its directory)"
         )
-    loader = trainer.get_train_dataloader()
-    *_, run_steps = trainer.set_initial_training_values(args, loader)
+    *_, run_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
     each = probe_length(run_steps) if recipe.rate_probe_steps is None else recipe.rate_probe_steps // MOST_RATES
+    method = OPTIMIZERS[name_of(OPTIMIZERS, optimizer_of(recipe))]
+    rules = first_guess(trainer.model, sites, method, trainer.optimizer_at, run_steps)
+    return Search(rules, _probe(trainer, each, run_steps), run_steps)
+
+
+def _probe(trainer: AdapterTrainer, steps: int, run_steps: int) -> Probe:
+    """The first steps of the run itself, but for their rate."""
+    args, model = trainer.args, trainer.model
     accumulated = args.gradient_accumulation_steps
     with same_random_numbers():
-        steps, held_back = _parts(list(islice(loader, each * accumulated + HELD_BACK)), each, accumulated)
-    method = OPTIMIZERS[name_of(OPTIMIZERS, optimizer_of(recipe))]
+        batches = list(islice(trainer.get_train_dataloader(), steps * accumulated + HELD_BACK))
     if args.activation_checkpointing:
         trainer.enable_activation_checkpointing()
     hooks = training_hooks(model, run_steps)
@@ -168,8 +174,8 @@ def search(trainer: AdapterTrainer, sites: Sequence[Site]) -> Search:
             value: Tensor = model(**batch).loss
         return value
 
-    probe = Probe(model, steps, held_back, loss, trainer.optimizer_at, before_step, args.max_grad_norm)
-    return Search(first_guess(model, sites, method, trainer.optimizer_at, run_steps), probe, run_steps)
+    parts = _parts(batches, steps, accumulated)
+    return Probe(model, *parts, loss, trainer.optimizer_at, before_step, args.max_grad_norm)
 
 
 def probe_length(run_steps: int) -> int:
@@ -199,10 +205,20 @@ def save(choice: Choice, output_dir: str) -> None:
 
 
 def recorded(output_dir: str, rate: float) -> Choice | None:
-    """The record of how a run chose this rate; None where there is none."""
+    """The record of how a run chose this rate; None where there is none.
+
+    Raises:
+        BrokenFile: it is no such record.
+    """
     path = Path(output_dir) / FILE
     if not path.is_file():
         return None
     fields = read_json(path)
-    choice = Choice(**fields | {"tried": [tuple(pair) for pair in fields["tried"]]})
+    try:
+        choice = Choice(**fields | {"tried": [tuple(pair) for pair in fields["tried"]]})
+    except (TypeError, KeyError) as error:
+        raise BrokenFile(
+            f"{path}: expected the record of how the run chose its learning rate, found: {error!r}; remove it to go on "
+            "without one"
+        ) from None
     return choice if choice.rate == rate else None

@@ -1,7 +1,7 @@
 """A probe of a learning rate: a few steps from the start as it is, judged on batches held back; then all is as before.
 
-The rate is constant over a probe. A short run that decays its rate to zero prefers rates that are twice too high for a
-longer one; at a constant rate it prefers what the longer one does (``benchmarks/learning_rate.py``).
+The rate is constant over a probe. A short run whose rate falls to zero may prefer twice what suits a longer one; at a
+constant rate it prefers the same (``benchmarks/learning_rate.py schedules``).
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.errors import CheckpointError, SpecMismatch
-from rankwise.files import read_json
 from rankwise.train.recipe import Recipe
 from rankwise.train.trainer import checkpoints, exact_resume
+from rankwise.train.trainer.contents import check_contents, steps_done
 
 
 def choose(recipe: Recipe, console: Console) -> Path | None:
@@ -20,7 +20,7 @@ def choose(recipe: Recipe, console: Console) -> Path | None:
     Newer ones that are broken are named on the console, and none is ever deleted.
 
     Raises:
-        CheckpointError: there is none. BrokenFile: the named one is broken.
+        CheckpointError: there is none. BrokenFile, UnsafeFile: the named one is broken.
     """
     choice = recipe.resume_from_checkpoint
     if not choice:
@@ -29,6 +29,7 @@ def choose(recipe: Recipe, console: Console) -> Path | None:
         if not Path(choice).is_dir():
             raise CheckpointError(f"{choice}: no such directory; expected a checkpoint of the run to resume")
         checkpoints.check_directory(choice)
+        check_contents(Path(choice))
         return Path(choice)
     newest, broken = checkpoints.newest_valid(recipe.output_dir)
     for error in broken:
@@ -69,20 +70,17 @@ def check_exact(checkpoint: Path, now: Mapping[str, Any], console: Console, *, a
     console.print(f"{checkpoint}: resuming, although not exactly:{listed}", style="yellow")
 
 
-def steps_done(checkpoint: Path) -> int:
-    """The step that a checkpoint was written after, whatever its directory is called by now."""
-    return int(read_json(checkpoint / "trainer_state.json")["global_step"])
-
-
 def tidy(run_dir: str | Path, resumed: Path | None, console: Console) -> None:
     """Ready a run's directory to be written to; call it holding the run's lock.
 
     What a killed writer left half-written goes. Checkpoints after the step that the run starts at belong to another
-    course of it and would be mistaken for its newest: they are moved into a folder of their own.
+    course of it and would be mistaken for its newest: they are moved into a folder of their own. The one that is
+    resumed stays, whatever it is called.
     """
     checkpoints.clear_leftovers(run_dir)
     start = 0 if resumed is None else steps_done(resumed)
     later = [checkpoint for checkpoint in checkpoints.checkpoints(run_dir) if checkpoints.step_of(checkpoint) > start]
+    later = [checkpoint for checkpoint in later if resumed is None or not checkpoint.samefile(resumed)]
     if later:
         folder = checkpoints.set_aside(Path(run_dir), later)
         names = ", ".join(checkpoint.name for checkpoint in reversed(later))

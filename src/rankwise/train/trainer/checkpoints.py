@@ -9,21 +9,26 @@ There is one writer at a time (the caller holds the run's lock), so what lies in
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rankwise.disk import flush_directory, flush_file, write_json
-from rankwise.errors import BrokenFile
-from rankwise.files import read_json
+from rankwise.disk import flush_directory, flush_file, remove, write_json, writing
+from rankwise.errors import BrokenFile, CheckpointError
+from rankwise.files import read_json, readable
+from rankwise.train.trainer.contents import check_contents, steps_done
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 EARLIER = "earlier"
 _REMOVED = ".removed"
 _CHUNK = 2**20
+_READ = (".json", ".pt", ".pth", ".safetensors")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 
 def name_of(step: int) -> str:
@@ -38,15 +43,15 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """Every ``checkpoint-N`` directory of a run, sound or not, the newest first."""
-    directories = [path for path in Path(run_dir).glob("checkpoint-*") if path.is_dir()]
-    return sorted((path for path in directories if path.name.removeprefix("checkpoint-").isdigit()), key=step_of)[::-1]
+    with readable(Path(run_dir)):
+        directories = [path for path in Path(run_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+        return sorted((path for path in directories if path.is_dir()), key=step_of)[::-1]
 
 
 def begin(run_dir: str | Path, step: int) -> Path:
     """An empty directory to fill, which :func:`publish` makes ``checkpoint-N``."""
     partial = Path(run_dir) / PARTIAL / name_of(step)
-    if partial.exists():
-        shutil.rmtree(partial)
+    remove(partial)
     partial.mkdir(parents=True)
     return partial
 
@@ -68,6 +73,8 @@ def publish(partial: Path, facts: Mapping[str, Any]) -> Path:
     for directory in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
         flush_directory(directory)
     target = run_dir / partial.name
+    if os.path.lexists(target):
+        set_aside(run_dir, [target])
     partial.rename(target)
     partial.parent.rmdir()
     flush_directory(run_dir)
@@ -81,9 +88,15 @@ def check_directory(checkpoint: str | Path) -> dict[str, Any]:
         The facts that the manifest keeps.
 
     Raises:
-        BrokenFile: a file is missing, has another size or other content, or there is no sound manifest.
+        BrokenFile: a file is missing, cannot be read, has another size or other content, or there is no sound manifest.
+        UnsafeFile: the manifest is a link out of the directory.
     """
     folder = Path(checkpoint)
+    with readable(folder):
+        return _checked(folder)
+
+
+def _checked(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise BrokenFile(f"{folder}: no such directory; expected a checkpoint of the run to resume")
     if not (folder / MANIFEST).is_file():
@@ -94,9 +107,18 @@ def check_directory(checkpoint: str | Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if manifest.pop("sha256", None) != _digest(manifest) or manifest.keys() != {"files", "facts"}:
         raise BrokenFile(f"{folder / MANIFEST}: expected the SHA-256 of its own content in it: it was changed")
-    for name, expected in manifest["files"].items():
+    files, facts = manifest["files"], manifest["facts"]
+    if not isinstance(files, dict) or not isinstance(facts, dict):
+        raise BrokenFile(f"{folder / MANIFEST}: expected an object of files and one of facts")
+    for name, expected in files.items():
+        if not _is_entry(name, expected):
+            raise BrokenFile(f"{folder / MANIFEST}: {name!r}: expected a file in it, with size and SHA-256")
         _check_file(folder, name, expected)
-    facts: dict[str, Any] = manifest["facts"]
+    unlisted = {path.name for path in folder.iterdir() if path.suffix in _READ} - files.keys() - {MANIFEST}
+    if unlisted:
+        raise BrokenFile(
+            f"{folder / min(unlisted)}: expected in {MANIFEST}, not found there, so it was not saved with it"
+        )
     return facts
 
 
@@ -106,13 +128,19 @@ def facts_of(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
-def newest_valid(run_dir: str | Path) -> tuple[Path | None, list[BrokenFile]]:
-    """The newest checkpoint that is whole, and what is wrong with each newer one. Nothing is changed."""
-    broken: list[BrokenFile] = []
+def _is_entry(name: str, entry: Any) -> bool:
+    path = PurePosixPath(name)
+    inside = name != "" and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return inside and isinstance(entry, dict) and entry.keys() == {"size", "sha256"}
+
+
+def newest_valid(run_dir: str | Path) -> tuple[Path | None, list[CheckpointError]]:
+    """The newest checkpoint that can be resumed from, and what is wrong with each newer one. Nothing is changed."""
+    broken: list[CheckpointError] = []
     for checkpoint in checkpoints(run_dir):
         try:
-            check_directory(checkpoint)
-        except BrokenFile as error:
+            _check_numbered(checkpoint)
+        except CheckpointError as error:
             broken.append(error)
         else:
             return checkpoint, broken
@@ -120,19 +148,25 @@ def newest_valid(run_dir: str | Path) -> tuple[Path | None, list[BrokenFile]]:
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Whether every file is as the manifest says."""
+    """Whether a run could resume from it."""
     try:
-        check_directory(checkpoint)
-    except BrokenFile:
+        _check_numbered(checkpoint)
+    except CheckpointError:
         return False
     return True
+
+
+def _check_numbered(checkpoint: Path) -> None:
+    check_directory(checkpoint)
+    check_contents(checkpoint)
+    if steps_done(checkpoint) != step_of(checkpoint):
+        raise BrokenFile(f"{checkpoint}: expected what was saved after that step, found step {steps_done(checkpoint)}")
 
 
 def clear_leftovers(run_dir: str | Path) -> None:
     """Remove what a dead writer left half-written or half-removed; call it holding the run's lock."""
     for leftover in (Path(run_dir) / PARTIAL, Path(run_dir) / _REMOVED):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+        remove(leftover)
 
 
 def keep_newest(run_dir: str | Path, limit: int) -> None:
@@ -151,11 +185,13 @@ def keep_newest(run_dir: str | Path, limit: int) -> None:
 
 def set_aside(run_dir: str | Path, later: list[Path]) -> Path:
     """Move checkpoints out of the way into a new ``earlier-N/``; nothing of them is lost. Returns where."""
-    folder = next(path for number in count(1) if not (path := Path(run_dir) / f"{EARLIER}-{number}").exists())
-    folder.mkdir()
-    for checkpoint in later:
-        checkpoint.rename(folder / checkpoint.name)
-    flush_directory(folder)
+    places = (Path(run_dir) / f"{EARLIER}-{number}" for number in count(1))
+    folder = next(path for path in places if not os.path.lexists(path))
+    with writing(folder):
+        folder.mkdir()
+        for checkpoint in later:
+            checkpoint.rename(folder / checkpoint.name)
+        flush_directory(folder)
     return folder
 
 

@@ -5,7 +5,6 @@ Checkpoints hold the adapter only and are there whole or not at all; what stops 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -31,6 +30,7 @@ from rankwise.train.data.dataset import Batch
 from rankwise.train.data.tokens import ROW
 from rankwise.train.recipe import Recipe
 from rankwise.train.trainer import checkpoints, exact_resume
+from rankwise.train.trainer.contents import loading, steps_done
 from rankwise.train.trainer.optimizer_choice import optimizer_of
 from rankwise.train.trainer.reshaping_callback import ReshapingCallback
 from rankwise.train.trainer.variant_callback import VariantCallback
@@ -128,7 +128,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Where to begin; how often to save, log and evaluate is the recipe's to say, not the checkpoint's."""
-        begin = super()._init_training_state(max_steps, *args, **kwargs)
+        with loading(Path(self.args.output_dir)):
+            begin = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         return begin
 
@@ -216,6 +217,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             shape_like(trained, read_tensors(directory / STATE))
         load_state(trained, directory, allow_other_spec=self.recipe.resume_anyway)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(Path(checkpoint or "") / "optimizer.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(Path(checkpoint or "") / "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
     def _check_weights(self) -> None:
         """An update can overflow where loss and gradient were finite; such weights must not become a checkpoint."""
         if all(bool(torch.isfinite(tensor).all()) for tensor in rw.trainable_parameters(self.model)):
@@ -299,8 +308,7 @@ def _announced(model: PreTrainedModel) -> Iterator[None]:
 
 def _check_unfinished(directory: Path, max_steps: int, results: Path) -> None:
     """Refuse a run that is through. One that was killed after its last step, before its results, is not."""
-    state = directory / "trainer_state.json"
-    done = json.loads(state.read_text())["global_step"]
+    state, done = directory / "trainer_state.json", steps_done(directory)
     has_results = results.exists() and results.stat().st_mtime_ns >= state.stat().st_mtime_ns  # and not older ones
     if 0 < max_steps < done or (done == max_steps and has_results):
         raise CheckpointError(
