@@ -58,7 +58,7 @@ def test_the_trace_is_there_for_whom_it_helps():
 def test_a_flag_may_be_spelt_as_the_field_is(flag):
     result = run.invoke(app, ["plan", flag, "fast"], env=WIDE)
     assert result.exit_code == 2
-    assert "command line: `learning_rate`: expected a valid number; found 'fast' (str)" in result.output
+    assert "command line: `learning_rate`: expected a valid number or 'auto'; found 'fast' (str)" in result.output
 
 
 def test_methods_lists_the_tables():
