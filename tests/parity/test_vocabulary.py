@@ -35,6 +35,10 @@ def test_a_vocabulary_that_peft_trained_whole(build: Callable[[], nn.Module], wh
     expected = outputs(written(base, tmp_path / "a", r=2, target_modules=["q_proj"], modules_to_save=whole))
     ours = rw.load(copy.deepcopy(base), tmp_path / "a")
     assert (outputs(ours) - expected).abs().max() <= 1e-5
+    rw.load(ours, tmp_path / "a", name="second")  # while the first one's copies are in place
+    assert (outputs(ours) - expected).abs().max() <= 1e-5
+    rw.detach(ours, "second")
+    rw.activate(ours, "default")
     with rw.disabled(ours):
         assert torch.equal(outputs(ours), outputs(base))
     rw.save(ours, tmp_path / "b")

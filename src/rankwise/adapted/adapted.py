@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,14 +146,25 @@ class Adapted:
             raise AttachError("this model is merged, its adapters are put aside: call rankwise.unmerge(model) first")
 
     def add(
-        self, name: str, spec: LoRA, layers: Mapping[str, AdapterLayer], whole: StartingValues, *, trainable: bool
+        self,
+        name: str,
+        spec: LoRA,
+        layers: Mapping[str, AdapterLayer],
+        whole: StartingValues,
+        apart: Collection[int] = (),
+        *,
+        trainable: bool,
     ) -> None:
-        """Put a new adapter (site name → layer, and modules to train whole) on and make it the active one."""
+        """Put a new adapter (site name → layer, and modules to train whole) on and make it the active one.
+
+        Args:
+            apart: see :func:`rankwise.adapted.whole_modules.add_copies`.
+        """
         forget_compiled()
         for path, adapter_layer in layers.items():
             layer = self.layer(path)
             slot_on(layer, path).adapters[name] = adapter_layer.train(layer.training)
-        add_copies(self.root, name, whole)
+        add_copies(self.root, name, whole, apart)
         self.specs[name], self.trainable[name] = spec, trainable
         self._collect()
         watch_first_forward(self.root)

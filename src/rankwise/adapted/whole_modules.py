@@ -4,11 +4,10 @@ The module keeps its class, its name and its forward; only what its ``weight`` r
 and no hook runs, and the original tensors come back as the very same objects.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
@@ -105,22 +104,13 @@ def base_state(path: str, module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _torn(root: nn.Module, modules: StartingValues) -> set[int]:
-    """Ids of tied tensors that are given different values: PEFT trains a copy for each module."""
-    given = [
-        (id(tensor), values[key.removeprefix(f"{path}.")])
-        for path, values in modules.items()
-        if values
-        for key, tensor in base_state(path, root.get_submodule(path)).items()
-    ]
-    first = dict(reversed(given))
-    return {tensor for tensor, value in given if not torch.equal(first[tensor], value)}
+def add_copies(root: nn.Module, name: str, modules: StartingValues, apart: Collection[int] = ()) -> None:
+    """Give the adapter its own copy of each module.
 
-
-def add_copies(root: nn.Module, name: str, modules: StartingValues) -> None:
-    """Give the adapter its own copy of each module."""
+    Args:
+        apart: ids of tied tensors that are copied for each module that has them.
+    """
     memo: dict[int, Any] = {}  # tensors that are tied stay tied
-    torn = _torn(root, modules)
     for path, values in modules.items():
         for inner, module in base_modules(root.get_submodule(path)).items():
             if not (module._parameters or module._buffers):
@@ -129,7 +119,7 @@ def add_copies(root: nn.Module, name: str, modules: StartingValues) -> None:
                 module.add_module(WHOLE, WholeModule(f"{path}.{inner}".removesuffix("."), module))
             whole = cast(WholeModule, module._modules[WHOLE])
             copy = deepcopy(whole.original, memo)
-            for tensor in torn:
+            for tensor in apart:
                 memo.pop(tensor, None)
             if values is not None:
                 copy.load_state_dict({key: values[f"{inner}.{key}".removeprefix(".")] for key in copy.state_dict()})

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
@@ -146,7 +147,9 @@ def load(
     if not allow_other_base:
         _check_base(root, adapter, folder)
     whole = _whole_values(root, adapter, folder / TENSORS)
-    Adapted.ensure(model).add(name, adapter.spec, adapter.layers, whole, trainable=trainable)
+    with switched_off(model):
+        apart = _apart(root, whole)
+    Adapted.ensure(model).add(name, adapter.spec, adapter.layers, whole, apart, trainable=trainable)
     save_as_adapter(model, save)
     return model
 
@@ -180,6 +183,17 @@ def _built(model: nn.Module, adapter: Adapter, config: Mapping[str, Any], folder
     beside = {path for name in replaced if (path := name.rpartition(".")[0]) not in layers}
     spec = replace(adapter.spec, modules_to_save=(*trained, *sorted(beside)))
     return BuiltAdapter(spec, layers, whole, adapter.base_probe, adapter.base_model, adapter.base_quantised)
+
+
+def _apart(model: nn.Module, whole: Mapping[str, Mapping[str, Tensor]]) -> set[int]:
+    """Ids of the model's tied tensors that the file has different values for: PEFT trains a copy for each module."""
+    given = [
+        (id(tensor), whole[path][key.removeprefix(f"{path}.")])
+        for path in whole
+        for key, tensor in base_state(path, model.get_submodule(path)).items()
+    ]
+    first = dict(reversed(given))
+    return {tensor for tensor, value in given if not torch.equal(first[tensor], value)}
 
 
 def _whole_values(model: nn.Module, adapter: BuiltAdapter, source: Path) -> dict[str, dict[str, Tensor]]:
