@@ -1,5 +1,6 @@
 """attach: gradients → start pairs → slots, in one call; and its inverse, detach."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,10 +21,12 @@ from rankwise.format.save_pretrained import save_as_adapter
 from rankwise.inits.base import Init
 from rankwise.layers.kinds import KINDS, base_matrix
 from rankwise.layers.quantised import forbid_repacking
-from rankwise.planning import Plan, plan, planned_sites, starting_sites, whole_modules
+from rankwise.planning import Plan, left_out, plan, planned_sites, starting_sites, whole_modules
 from rankwise.sites import Site, Start, site_generator, variant_generator
 from rankwise.spec import LoRA
 from rankwise.variants.base import AdapterLayer, Variant
+
+log = logging.getLogger("rankwise")
 
 
 @overload
@@ -101,6 +104,8 @@ def attach(  # type: ignore[misc]  # a dry run takes what attach takes
         check_foldable(root, planned)
     if dry_run:
         return planned
+    for note in planned.left_out:
+        log.warning("left out of all-linear: %s", note)
     with switched_off(model):
         layers = _adapters(root, spec, planned, evidence, batches, loss)
     adapted = Adapted.ensure(model)
@@ -119,7 +124,9 @@ def _plan(
     if given is None:
         return plan(model, spec, method=method, memory_budget=memory_budget)
     sites = planned_sites(model, spec)
-    return Plan(sites, spec.variant, given_evidence(starting_sites(sites, spec), spec.init, given))
+    return Plan(
+        sites, spec.variant, given_evidence(starting_sites(sites, spec), spec.init, given), left_out(model, spec, sites)
+    )
 
 
 def _adapters(

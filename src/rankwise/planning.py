@@ -1,14 +1,15 @@
 """plan: which modules a spec adapts, with which rank and scale. Pure: nothing is changed."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from torch import nn
 
 from rankwise.collection import Collection, needed_evidence
-from rankwise.errors import TargetError
+from rankwise.errors import SpecError, TargetError
 from rankwise.inits.base import Init
-from rankwise.layers.kinds import EmbeddingKind, kind_of, kind_or_none
+from rankwise.layers.kinds import kind_of, kind_or_none
+from rankwise.left_out import is_linear, last_layers, notes_on_left_out, output_heads
 from rankwise.methods import nearest
 from rankwise.patterns import keys_under, matching, matching_ends, names_by_end, pattern_values
 from rankwise.sites import Site, base_modules
@@ -25,12 +26,16 @@ class Plan(list[Site]):
     Attributes:
         variant: what is put on each site.
         evidence: which evidence is collected, in which passes.
+        left_out: what "all-linear" did not take, a line each.
     """
 
-    def __init__(self, sites: Iterable[Site], variant: Variant, evidence: Collection) -> None:
+    def __init__(
+        self, sites: Iterable[Site], variant: Variant, evidence: Collection, left_out: Sequence[str] = ()
+    ) -> None:
         super().__init__(sites)
         self.variant = variant
         self.evidence = evidence
+        self.left_out = left_out
 
     @property
     def parameters(self) -> int:
@@ -39,26 +44,11 @@ class Plan(list[Site]):
 
     def __str__(self) -> str:
         rows = [("site", "kind", "out × in", "rank", "scale", "parameters")]
-        rows += [
-            (
-                s.name,
-                s.kind,
-                f"{s.shape[0]} × {s.shape[1]}",
-                str(s.rank),
-                f"{s.scale:.4g}",
-                f"{self.variant.parameters(s):,}",
-            )
-            for s in self
-        ]
+        for s in self:
+            shape, count = f"{s.shape[0]} × {s.shape[1]}", f"{self.variant.parameters(s):,}"
+            rows.append((s.name, s.kind, shape, str(s.rank), f"{s.scale:.4g}", count))
         rows.append((f"{len(self)} sites", "", "", "", "", f"{self.parameters:,}"))
-        return f"{aligned(rows, 2)}\n\n{self.evidence}"
-
-
-@runtime_checkable
-class _HasOutputHead(Protocol):
-    """transformers' models say which module is their output head."""
-
-    def get_output_embeddings(self) -> Any: ...
+        return "\n".join([aligned(rows, 2), "", str(self.evidence), *(f"left out: {note}" for note in self.left_out)])
 
 
 def plan(model: nn.Module, spec: LoRA, *, method: str = "auto", memory_budget: int | None = None) -> Plan:
@@ -75,7 +65,16 @@ def plan(model: nn.Module, spec: LoRA, *, method: str = "auto", memory_budget: i
     """
     assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
     sites = planned_sites(model, spec)
-    return Plan(sites, spec.variant, needed_evidence(starting_sites(sites, spec), spec.init, method, memory_budget))
+    evidence = needed_evidence(starting_sites(sites, spec), spec.init, method, memory_budget)
+    return Plan(sites, spec.variant, evidence, left_out(model, spec, sites))
+
+
+def left_out(model: nn.Module, spec: LoRA, sites: Iterable[Site]) -> list[str]:
+    """What "all-linear" did not take, a line each."""
+    if spec.target_modules != "all-linear":
+        return []
+    excluded = _matches("exclude_modules", base_modules(model), spec.exclude_modules) if spec.exclude_modules else set()
+    return notes_on_left_out(model, [site.name for site in sites], spec.modules_to_save, excluded)
 
 
 def starting_sites(sites: Iterable[Site], spec: LoRA) -> list[Site]:
@@ -93,7 +92,15 @@ def planned_sites(model: nn.Module, spec: LoRA) -> list[Site]:
     alphas = pattern_values("alpha_pattern key", spec.alpha_pattern, names, spec.alpha)
     _check_patterns("rank_pattern", spec.rank_pattern, names)
     _check_patterns("alpha_pattern", spec.alpha_pattern, names)
-    return [_site(name, layer, spec, ranks[name], alphas[name]) for name, layer in chosen.items()]
+    heads = last_layers(chosen) if spec.target_modules == "all-linear" else set()
+    sites: list[Site] = []
+    for name, layer in chosen.items():
+        try:
+            sites.append(_site(name, layer, spec, ranks[name], alphas[name]))
+        except SpecError:
+            if name not in heads or not sites:  # a head too narrow for the rank is left out
+                raise
+    return sites
 
 
 def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> Site:
@@ -124,7 +131,7 @@ def target_layers(
         )
     modules = base_modules(model)
     trained_whole = set(keys_under(whole, modules))
-    matched = _select(modules, targets, _output_heads(list(modules.values())))
+    matched = _select(modules, targets)
     left_out = _matches("exclude_modules", modules, excluded) if excluded else set()
     chosen = {name: modules[name] for name in matched if name not in left_out and name not in trained_whole}
     if not chosen:
@@ -147,9 +154,10 @@ def whole_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
     return {name: module for name, module in modules.items() if name in matched - inside}
 
 
-def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: set[int]) -> list[str]:
+def _select(modules: dict[str, nn.Module], targets: str | Iterable[str]) -> list[str]:
     if targets == "all-linear":
-        linear = [n for n, m in modules.items() if _is_linear(m) and id(m) not in heads]
+        heads = output_heads(modules)
+        linear = [n for n, m in modules.items() if is_linear(m) and n not in heads]
         if not linear:
             raise TargetError("target_modules 'all-linear' matches nothing: the model has no linear layer but its head")
         return linear
@@ -162,18 +170,6 @@ def _select(modules: dict[str, nn.Module], targets: str | Iterable[str], heads: 
                 f"expected Linear, Conv1D, Conv2d or Embedding: name layers inside it"
             )
     return matched
-
-
-def _is_linear(module: nn.Module) -> bool:
-    kind = kind_or_none(module)
-    return kind is not None and kind.name in ("linear", "conv1d")
-
-
-def _output_heads(modules: Sequence[nn.Module]) -> set[int]:
-    """Ids of output heads: what transformers calls one, and any linear layer that shares an embedding's weight."""
-    heads = {id(m.get_output_embeddings()) for m in modules if isinstance(m, _HasOutputHead)}
-    tables = {id(m.weight) for m in modules if isinstance(kind_or_none(m), EmbeddingKind)}
-    return heads | {id(m) for m in modules if _is_linear(m) and id(m.weight) in tables}
 
 
 def _matches(field: str, modules: dict[str, nn.Module], patterns: str | Iterable[str]) -> set[str]:

@@ -34,7 +34,8 @@ class LoRA:
     Attributes:
         rank: r of ΔW = s·B A.
         alpha: numerator of the scale s.
-        target_modules: "all-linear" (every linear layer but the output head), a list of module names (a name or its
+        target_modules: "all-linear" (every linear layer but output heads, those of a new classifier too: name them in
+            modules_to_save), a list of module names (a name or its
             last parts), or a regular expression that matches the whole module path.
         exclude_modules: names (or one regular expression) that are left out again.
         init: a name from ``rankwise.inits.INITS``, such as "lora-ga", or an object: ``inits.LoraGA(scale="gd")``.

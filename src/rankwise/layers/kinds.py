@@ -36,7 +36,7 @@ class Kind(ABC):
 
     def weight(self, layer: Any) -> Shaped[Tensor, "out in"]:
         """The weight as one matrix: a view, or dequantised."""
-        return self.matrix(layer, layer.weight.detach())
+        return self.matrix(layer, dequantised(layer))
 
     @abstractmethod
     def stored(self, layer: Any, matrix: Shaped[Tensor, "out in"]) -> Tensor:
@@ -117,9 +117,6 @@ class LinearKind(_MatmulKind):
 
     def matrix(self, layer: Any, stored: Tensor) -> Tensor:
         return stored
-
-    def weight(self, layer: Any) -> Tensor:
-        return dequantised(layer)
 
     def stored(self, layer: Any, matrix: Tensor) -> Tensor:
         return matrix

@@ -17,7 +17,7 @@ def is_quantised(layer: Any) -> bool:
 
 
 def dequantised(layer: Any) -> Tensor:
-    """A linear layer's weight [out, in] in floating point; a view of the parameter where it is not quantised."""
+    """A layer's weight in floating point and its own layout; a view of the parameter where it is not quantised."""
     weight = layer.weight
     if not is_quantised(layer):
         plain: Tensor = weight.detach()

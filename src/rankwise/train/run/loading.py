@@ -43,6 +43,8 @@ def show_plan(loaded: Loaded, console: Console) -> None:
     console.print(plan_table(loaded.sites))
     if loaded.sites.evidence.kind != "nothing":
         console.print(str(loaded.sites.evidence), highlight=False, soft_wrap=True)
+    for note in loaded.sites.left_out:
+        console.print(f"Left out: {note}", highlight=False, soft_wrap=True, markup=False)
     if loaded.spec.modules_to_save:
         console.print(f"Trained whole and saved beside the adapter: {', '.join(loaded.spec.modules_to_save)}")
     console.print(_rate(loaded.recipe), highlight=False)
