@@ -230,7 +230,7 @@ def merge(
 @app.command()
 def squeeze(
     adapter: Adapter,
-    out: Annotated[Path, typer.Option(help="Directory for the squeezed adapter; must not hold files yet.")],
+    out: Annotated[Path, _place("Directory for the squeezed adapter; must not hold files yet.")],
     rank: Annotated[int | None, typer.Option(help="Rank of every layer.")] = None,
     budget: Annotated[int | None, typer.Option(help="Numbers in all; ranks go where they save the most.")] = None,
     error: Annotated[float | None, typer.Option(help="Share of the change that may be lost, such as 0.05.")] = None,
@@ -245,8 +245,8 @@ def squeeze(
 
 @app.command()
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="Adapter directories.")],
-    out: Annotated[Path, typer.Option(help="Directory for the one adapter; must not hold files yet.")],
+    adapters: Annotated[list[Path], typer.Argument(parser=_path, metavar="ADAPTER...", help="Adapter directories.")],
+    out: Annotated[Path, _place("Directory for the one adapter; must not hold files yet.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of an adapter, once for each in their order. Default: 1 each.")
     ] = None,
@@ -268,9 +268,13 @@ def combine(
 
 @app.command()
 def extract(
-    fine_tuned: Annotated[str, typer.Argument(metavar="FINE_TUNED", help="The model after full fine-tuning.")],
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that it was fine-tuned from.")],
-    out: Annotated[Path, typer.Option(help="Directory for the adapter; must not hold files yet.")],
+    fine_tuned: Annotated[
+        str, typer.Argument(parser=expand_user, metavar="FINE_TUNED", help="The model after full fine-tuning.")
+    ],
+    base: Annotated[
+        str, typer.Argument(parser=expand_user, metavar="BASE", help="The model that it was fine-tuned from.")
+    ],
+    out: Annotated[Path, _place("Directory for the adapter; must not hold files yet.")],
     rank: Annotated[int | None, typer.Option(help="Rank of every layer.")] = None,
     error: Annotated[float | None, typer.Option(help="Share of each layer's change that may be lost.")] = None,
     modules_to_save: Annotated[
