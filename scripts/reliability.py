@@ -83,6 +83,11 @@ FAULTS: tuple[Fault, ...] = (
         "linked, oddly named",
         "It is passed over and set aside; one that is named is a `CheckpointError`. "
         "The one that is resumed is never moved.",
+    ),
+    Fault(
+        "Newest checkpoint bad in any other way: unreadable, a manifest or state of another form, linked, oddly named",
+        "It is passed over and set aside; where the recipe names it, it is a `CheckpointError`. What is resumed is "
+        "never moved.",
         (f"{_DIRECTORIES}::test_a_spoilt_newest_checkpoint_is_passed_over",
          f"{_DIRECTORIES}::test_what_only_loading_tells_is_named",
          f"{_DIRECTORIES}::test_a_manifest_of_another_form_is_passed_over",
@@ -135,6 +140,11 @@ FAULTS: tuple[Fault, ...] = (
         (f"{_PLACES}::test_a_place_that_can_be_no_directory_is_named_before_any_work",
          f"{_RESUME}::test_an_output_dir_that_cannot_be_one_is_named_and_a_link_followed",
          f"{_MERGED}::test_a_place_that_cannot_be_replaced_is_named_before_any_work"),
+    ),
+    Fault(
+        "A tracker that is not known, installed or set up",
+        "`RecipeError` before the model is loaded.",
+        ("unit/test_trackers.py::test_a_tracker_that_cannot_be_reported_to_is_named",),
     ),
     Fault(
         "`~` in a path",
@@ -505,6 +515,7 @@ def _measured() -> list[str]:
     kills, fuzz = (
         json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in ("kills", "fuzz")
     )
+    resaves = kills["adapters saved over each other"]
     random, every = kills["at random"], kills["at every operation on the disk while a checkpoint is saved"]
     faults = sum(every["faults"].values())
     return [
@@ -514,6 +525,10 @@ def _measured() -> list[str]:
         f"{random['checkpoints lost']} checkpoints, {random['bytes lost']} bytes. "
         f"{random['runs resumed to their end, bit for bit']} went on to their end, bit for bit that of a run without "
         "kills.",
+        f"- Adapters saved over each other in a process that was killed {resaves['kills']} times, with "
+        f"{resaves['read while it was saved']:,} reads meanwhile: {resaves['of these mixed']} mixed, "
+        f"{resaves['of these refused']} refused; after the kills {resaves['mixed after a kill']} and "
+        f"{resaves['refused after a kill']}, in rankwise and in PEFT alike.",
         f"- {faults} faults at every single write, fsync and rename of a save: the process killed before it or half "
         "way through it, or the disk full. Lost: nothing.",
         f"- `python benchmarks/fuzz.py`: {fuzz['inputs tried']:,} inputs in {fuzz['seconds']} s, of which "

@@ -57,6 +57,10 @@ int rename(const char *from, const char *to) {
     REAL(int, rename, (const char *, const char *));
     return fails(0, -1, 0, 0) ? -1 : real(from, to);
 }
+int renameat2(int from_folder, const char *from, int to_folder, const char *to, unsigned flags) {
+    REAL(int, renameat2, (int, const char *, int, const char *, unsigned));
+    return fails(0, -1, 0, 0) ? -1 : real(from_folder, from, to_folder, to, flags);
+}
 int mkdir(const char *path, mode_t mode) {
     REAL(int, mkdir, (const char *, mode_t));
     return fails(1, -1, 0, 0) ? -1 : real(path, mode);

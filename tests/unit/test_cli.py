@@ -76,10 +76,10 @@ def test_a_users_home_is_meant_in_every_path(monkeypatch, tmp_path):
     for command in app.registered_commands:
         for parameter in inspect.signature(command.callback, eval_str=True).parameters.values():
             kind, option = get_args(parameter.annotation)
-            if "Path" in str(kind) or parameter.name in ("base", "batches"):
+            if "Path" in str(kind) or parameter.name in ("base", "batches", "fine_tuned"):
                 assert str(option.parser("~/there")) == str(tmp_path / "there"), (command.callback, parameter)
                 seen.add(parameter.name)
-    assert seen == {"adapter", "adapters", "out", "recipe", "base", "batches", "arms"}
+    assert seen == {"adapter", "adapters", "out", "recipe", "base", "batches", "arms", "fine_tuned"}
     result = run.invoke(app, ["inspect", "~/nowhere"], env=WIDE)
     assert f"{tmp_path / 'nowhere'}: no such directory" in "".join(result.output.split("\n"))
     assert run.invoke(app, ["inspect", "~no-such-user/adapter"], env=WIDE).exit_code == 2

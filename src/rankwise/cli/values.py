@@ -14,7 +14,9 @@ from rich.table import Table
 
 import rankwise as rw
 from rankwise.algebra import Approximation
+from rankwise.disk import whole_directory
 from rankwise.errors import CheckpointError, SpecError
+from rankwise.files import check_directory_name
 from rankwise.train.data.labels import read_labels, save_labels
 
 
@@ -98,12 +100,14 @@ def _common_labels(adapters: Sequence[Path]) -> list[str] | None:
 def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: expected a new or empty directory, found files in it; choose another")
+    check_directory_name(out)
 
 
 def _save(approximation: Approximation, out: Path, labels: list[str] | None) -> None:
-    rw.write(approximation.adapter, out)
-    if labels is not None:
-        save_labels(out, labels)
+    with whole_directory(out) as directory:
+        rw.write(approximation.adapter, directory)
+        if labels is not None:
+            save_labels(directory, labels)
 
 
 def value_table(title: str, approximation: Approximation, out: Path) -> Table:

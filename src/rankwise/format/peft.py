@@ -20,10 +20,10 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.disk import json_bytes, write_files
 from rankwise.errors import SpecError, UnsupportedAdapter
-from rankwise.files import read_json
+from rankwise.files import read_json, settled
 from rankwise.format.configuration import read_extra, read_unlike_peft, relative_start, stated_fields, variant_recorded
 from rankwise.format.layout import SiteReader, StoredSite, by_site, named_whole, whole_keys, whole_tensors
-from rankwise.format.names import BASE_COPY, CONFIG, EXTRA, FORMAT_VERSION, PREFIX, TENSORS
+from rankwise.format.names import BASE_COPY, CONFIG, EXTRA, FILES, FORMAT_VERSION, PREFIX, TENSORS
 from rankwise.format.selection import stated_selection
 from rankwise.methods import name_of
 from rankwise.scaling import Scaling, declared
@@ -163,6 +163,10 @@ def read_adapter(directory: str | Path) -> Adapter:
         MissingTensor, UnexpectedTensor, ShapeMismatch, NonFiniteTensor: the tensors do not fit the configuration.
     """
     folder = Path(directory)
+    return settled(folder, FILES, lambda: _read(folder))
+
+
+def _read(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG)
     start = relative_start(config)
     if start is not None:

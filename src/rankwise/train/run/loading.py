@@ -13,6 +13,7 @@ from rankwise.train.tasks.base import Loaded, Task, spec_of
 from rankwise.train.tasks.causal_lm import CausalLM
 from rankwise.train.tasks.classification import Classification
 from rankwise.train.trainer.optimizer_choice import optimizer_of
+from rankwise.train.trainer.trackers import check_trackers
 
 TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
 
@@ -21,10 +22,12 @@ def load(recipe: Recipe, console: Console) -> Loaded:
     """The model, and which of its layers the recipe adapts.
 
     Raises:
-        SpecError, RecipeError: an option of the adapter or the optimizer. TargetError: layers that do not fit.
+        SpecError, RecipeError: an option of the adapter or the optimizer, or a tracker. TargetError: layers that do not
+            fit.
     """
     optimizer_of(recipe)  # which says what is wrong with its options before the model is loaded
     _check_reshaping(recipe)
+    check_trackers(recipe.report_to)
     with busy(console, "Loading the model"):
         return TASKS[recipe.task].load(recipe)
 
