@@ -11,8 +11,8 @@ from itertools import chain
 
 from rankwise.errors import DataError
 from rankwise.methods import nearest
-from rankwise.train.data.files import Placed, read_file
-from rankwise.train.data.formats import FORMATS, Record, detect, fields_of, normalised, same_types, unread_fields
+from rankwise.train.data.files import Placed, Record, read_file
+from rankwise.train.data.formats import FORMATS, detect, fields_of, normalised, same_types, unread_fields
 from rankwise.train.data.kjv import kjv_records
 from rankwise.train.data.movie_reviews import movie_review_records
 
