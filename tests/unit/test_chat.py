@@ -177,6 +177,28 @@ def test_tools_and_calls_are_rendered() -> None:
     ]
 
 
+def test_a_template_for_tools_is_taken_where_there_are_tools() -> None:
+    """And not the marked version that TRL has of the default one."""
+    directory = Path(trl.__file__).parent / "chat_templates"
+    tokenizer = chat_tokenizer(tiny_chats.CHATML)
+    tokenizer.chat_template = {"default": (directory / "llama3.jinja").read_text(), "tool_use": tiny_chats.CHATML}
+    text, spans = answers(ChatTemplate(tokenizer), Conversation(CALLED, [TOOL]))
+    assert text.startswith("<|im_start|>system\n# Tools") and text[slice(*spans[-1])] == "bye<|im_end|>\n"
+    text, spans = answers(ChatTemplate(tokenizer), Conversation(TWO))
+    assert text.startswith("<bos><|start_header_id|>user") and text[slice(*spans[-1])] == "bye<|eot_id|>"
+
+
+def test_a_marked_version_serves_where_the_template_itself_fails() -> None:
+    """DeepSeek-V3's joins a call's arguments to its text, which an object cannot be."""
+    template = (Path(trl.__file__).parent / "chat_templates" / "deepseekv3.jinja").read_text()
+    tokenizer = chat_tokenizer(template)
+    called = Conversation([CALLED[0], CALLED[1] | {"content": ""}, *CALLED[2:]])
+    with pytest.raises(DataError, match="refuses this conversation"):
+        ChatTemplate(tokenizer).render(called)
+    text, spans = answers(ChatTemplate(tokenizer), called)
+    assert '"zone": "UTC"' in text[slice(*spans[0])]
+
+
 def test_template_options_are_given() -> None:
     template = "{{ '<think>' if deep else '' }}" + tiny_chats.CHATML
     text, _ = answers(ChatTemplate(chat_tokenizer(template)), Conversation(TWO, options={"deep": True}))

@@ -22,24 +22,30 @@ def answers(template: ChatTemplate, conversation: Conversation, turns: str = "al
     Raises:
         DataError: the template refuses it or leaves something out, or the parts cannot be told exactly.
     """
-    text = template.render_whole(conversation)
+    marked = template.render_marked(conversation) if conversation.given is None else None
+    text = template.render(conversation) if marked is None else marked[0]
+    template.check_whole(conversation, text)
+    learnt = _learnt(conversation, turns)
     if conversation.given is not None:
         spans = [(_start(template, conversation, conversation.given, text), len(text))]
+    elif marked is None:
+        spans = [
+            (_start(template, conversation, turn, text), _end(template, conversation, turn, text)) for turn in learnt
+        ]
+    elif learnt == conversation.turns:
+        spans = marked[1]
     else:
-        learnt = conversation.turns if turns == "all" else conversation.turns[-1:]
-        learnt = [turn for turn in learnt if conversation.messages[turn].get("weight") != 0]
-        marked = template.render_marked(conversation)
-        if marked is None:
-            spans = [(_start(template, conversation, turn, text), _end(template, conversation, turn, text))
-                     for turn in learnt]  # fmt: skip
-        else:
-            text, marks = marked
-            spans = [mark for turn in learnt for mark in _marks_of(template, conversation, turn, marks)]
+        spans = [mark for turn in learnt for mark in _marks_of(template, conversation, turn, marked[1])]
     if not spans or any(start >= end for start, end in spans):
         raise DataError(
             f"{conversation.place}: expected an answer to learn in what the chat template renders, found none."
         )
     return text, spans
+
+
+def _learnt(conversation: Conversation, turns: str) -> list[int]:
+    chosen = conversation.turns if turns == "all" else conversation.turns[-1:]
+    return [turn for turn in chosen if conversation.messages[turn].get("weight") != 0]
 
 
 def _marks_of(template: ChatTemplate, conversation: Conversation, turn: int, marks: list[Span]) -> list[Span]:

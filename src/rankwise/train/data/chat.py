@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rankwise.errors import DataError
+from rankwise.train.data.messages import Message
 
-Message = dict[str, Any]
 Span = tuple[int, int]  # of characters
 
 STAND_IN = "\ue000"  # put in a text's place, to see where a template renders it
@@ -85,20 +84,13 @@ class ChatTemplate:
         """
         return self._render(conversation, self._source(conversation), add_generation_prompt=prompt)[0]
 
-    def render_whole(self, conversation: Conversation) -> str:
-        """The text of a conversation in which nothing is left out.
-
-        Raises:
-            DataError: the template refuses it, or leaves out a text, a tool or a call.
-        """
-        text = self.render(conversation)
-        self._check_whole(conversation, text)
-        return text
-
     def render_marked(self, conversation: Conversation) -> tuple[str, list[Span]] | None:
         """The text, and what the template's marks say the assistant wrote; None where it has no marks.
 
         A template of which TRL has a marked version is rendered by that.
+
+        Raises:
+            DataError: the template refuses it.
         """
         source = self._source(conversation)
         if source not in self._marked:
@@ -118,9 +110,11 @@ class ChatTemplate:
         if has_generation_markers(source):
             return source
         try:
-            version: str | None = get_training_chat_template(self.tokenizer)
-        except (ValueError, TypeError, TemplateError):
-            return None  # TRL knows it not
+            # TRL looks for the tokenizer's default template, which need not be the one for tools.
+            known = source == self.tokenizer.get_chat_template()
+            version: str | None = get_training_chat_template(self.tokenizer) if known else None
+        except Exception:  # noqa: BLE001 (TRL knows it not, or could not run it; what it says comes when it is rendered)
+            return None
         return version
 
     def _render(self, conversation: Conversation, source: str, **asked: bool) -> tuple[str, list[Span]]:
@@ -167,14 +161,20 @@ class ChatTemplate:
             return False
         return STAND_IN in text and not any(f"{quote}{STAND_IN}" in text for quote in "'\"")
 
-    def _check_whole(self, conversation: Conversation, text: str) -> None:
+    def check_whole(self, conversation: Conversation, text: str) -> None:
+        """Refuse what was rendered of a conversation if it is not all of it.
+
+        Raises:
+            DataError: a text, a tool or a call is left out.
+        """
         for part, name in _named(conversation):
             if name not in text:
                 raise self._leaves_out(conversation, f"{part} {name}")
         for index, message in enumerate(conversation.messages):
             if all(_stands_in(part, text) for part in texts_of(message)):
                 continue
-            if STAND_IN not in self.render(conversation.standing_in(index)):
+            changed = conversation.standing_in(index)
+            if STAND_IN not in (self.render_marked(changed) or (self.render(changed),))[0]:
                 raise self._leaves_out(conversation, f"messages[{index}], of the role {message['role']}")
 
     def _leaves_out(self, conversation: Conversation, what: str) -> DataError:

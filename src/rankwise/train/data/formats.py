@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise.errors import DataError
+from rankwise.train.data.files import Record
 from rankwise.train.data.messages import MEDIA, conversation, shortened, text_of, turns_of_pairs, wrong_type
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from itertools import chain
 
 from rankwise.errors import DataError
 from rankwise.methods import nearest
-from rankwise.train.data.files import Placed, read_file
-from rankwise.train.data.formats import FORMATS, Record, detect, fields_of, normalised, same_types, unread_fields
+from rankwise.train.data.files import Placed, Record, read_file
+from rankwise.train.data.formats import FORMATS, detect, fields_of, normalised, same_types, unread_fields
 from rankwise.train.data.kjv import kjv_records
 from rankwise.train.data.movie_reviews import movie_review_records
 
@@ -54,7 +54,7 @@ def read_records(source: str | list[str], *, data_format: str = "auto", held_out
     rows = chain.from_iterable([_read(name, held_out) for name in sources])
     first = next(rows, None)
     if first is None:
-        raise DataError(f"{', '.join(sources)}: expected at least one record, found none: the file is empty.")
+        raise DataError(f"{', '.join(sources) or 'data'}: expected at least one record, found none: the file is empty.")
     place, record = first
     name = detect(record, place) if data_format == "auto" else data_format
     alike = _alike(name, chain([first], rows), detected=data_format == "auto")
