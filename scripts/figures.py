@@ -341,6 +341,15 @@ def probe_schedules() -> str:
     return table(head, list(rows.values()))
 
 
+def combine() -> str:
+    found = result("combine")
+    rows = [[name, f"{row['seconds']:.1f} s", f"{row['peak MiB']} MiB"] for name, row in found["methods"].items()]
+    return (
+        f"Two adapters of rank {found['rank']} on all linear layers of {found['shapes']}'s shapes, CPU time on one "
+        "thread and the peak memory of the whole process:\n\n" + table(["method", "time", "peak memory"], rows)
+    )
+
+
 def measured() -> str:
     return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
 
@@ -357,6 +366,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "intrinsic": intrinsic,
         "analyze": analyze,
     },
+    "docs/adapters.md": {"combine": combine},
     "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
     "docs/methods.md": {

@@ -18,7 +18,7 @@ from rankwise.text_table import aligned
 # The change of a weight, [out, in]: by its factors, or dense where no factors hold it.
 Change = LowRank | Tensor
 
-_BLOCK = 2**22  # numbers that are worked on at a time where a matrix is gone through by rows
+_BLOCK = 2**18  # numbers that are worked on at a time where a matrix is gone through by rows: so many stay in a cache
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def norm(matrix: Tensor) -> float:
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a matrix, a few million numbers at a time. The blocks depend on the shape alone."""
+    """The rows of a matrix, a few hundred thousand numbers at a time. The blocks depend on the shape alone."""
     rows = max(_BLOCK // max(math.prod(shape[1:]), 1), 1)
     return (slice(start, start + rows) for start in range(0, shape[0], rows))
 

@@ -489,3 +489,5 @@ def test_the_command_combines_directories_and_loads_the_base_where_it_is_needed(
     assert refused.exit_code == 2 and "one for each of the 2 adapters" in refused.output
     spread = ["--method", "{name: ties, density: 0.5}", "--error", "0.5", "--out", str(tmp_path / "other")]
     assert CliRunner().invoke(app, ["combine", folders[0], *spread]).exit_code == 0
+    broken = CliRunner().invoke(app, ["combine", folders[0], "--method", "{name: ties", "--out", str(tmp_path / "new")])
+    assert broken.exit_code == 2 and "a mapping in YAML" in broken.output

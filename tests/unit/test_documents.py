@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rankwise as rw
+from rankwise.combinations import COMBINATIONS
 from rankwise.inits import INITS
 from rankwise.methods import Method, resolve
 from rankwise.optim import OPTIMIZERS, OptimizerMethod
@@ -87,6 +88,11 @@ def test_every_fault_has_its_tests_and_the_table_is_up_to_date() -> None:
         r"^\| (\d+) \| .* \| .+ \| \[.*\) \|$", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE
     )
     assert len(rows) >= 25 and rows == [str(number) for number in range(1, len(rows) + 1)]
+
+
+def test_every_combination_is_explained() -> None:
+    text = (ROOT / "docs" / "adapters.md").read_text()
+    assert not [name for name in COMBINATIONS if f"| `{name}` |" not in text]
 
 
 def test_every_method_has_its_section() -> None:

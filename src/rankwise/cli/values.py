@@ -18,6 +18,7 @@ from rankwise.disk import whole_directory
 from rankwise.errors import CheckpointError, SpecError
 from rankwise.files import check_directory_name
 from rankwise.train.data.labels import read_labels, save_labels
+from rankwise.train.yaml_text import parse_yaml
 
 
 def save_squeezed(adapter: Path, out: Path, **how_few: Any) -> Approximation:
@@ -50,13 +51,9 @@ def save_combined(
     _check_new(out)
     if weights and len(weights) != len(adapters):
         raise SpecError(f"--weight: expected one for each of the {len(adapters)} adapters, found {len(weights)}")
-    values = [rw.read(adapter) for adapter in adapters]
-    combined: Approximation = rw.algebra.combine(
-        list(zip(values, weights or [1.0] * len(values), strict=True)),
-        yaml.safe_load(method),
-        base=_base(adapters[0], base) if any(_needs_base(value) for value in values) else None,
-        **limits,
-    )
+    parts = list(zip(map(rw.read, adapters), weights or [1.0] * len(adapters), strict=True))
+    weighed = _base(adapters[0], base) if _needs_base(parts) else None
+    combined: Approximation = rw.algebra.combine(parts, _method(method), base=weighed, **limits)
     _save(combined, out, _common_labels(adapters))
     return combined
 
@@ -78,8 +75,18 @@ def save_extracted(fine_tuned: str, base: str, out: Path, **options: Any) -> App
     return named
 
 
-def _needs_base(adapter: Any) -> bool:
-    return bool(adapter.spec.variant.marks or adapter.saved)
+def _method(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--method: expected a name or a mapping in YAML, found {text!r} ({error})") from None
+
+
+def _needs_base(parts: Sequence[tuple[Any, float]]) -> bool:
+    """DoRA's change depends on the base's weight; so does a mean of whole modules whose weights are not all of it."""
+    turned = any(adapter.spec.variant.marks for adapter, _ in parts)
+    whole = [weight for adapter, weight in parts if adapter.saved]
+    return turned or (bool(whole) and not math.isclose(math.fsum(whole), 1.0))
 
 
 def _base(adapter: Path, base: str | None) -> Any:
