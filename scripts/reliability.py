@@ -79,12 +79,6 @@ FAULTS: tuple[Fault, ...] = (
          f"{_RESUME}::test_a_cut_newest_checkpoint_is_named_and_the_one_before_taken"),
     ),
     Fault(
-        "Newest checkpoint bad in any other way: not given back by the disk, a manifest or state of another form, "
-        "linked, oddly named",
-        "It is passed over and set aside; one that is named is a `CheckpointError`. "
-        "The one that is resumed is never moved.",
-    ),
-    Fault(
         "Newest checkpoint bad in any other way: unreadable, a manifest or state of another form, linked, oddly named",
         "It is passed over and set aside; where the recipe names it, it is a `CheckpointError`. What is resumed is "
         "never moved.",
