@@ -1,0 +1,147 @@
+"""The commands that take a recipe, and `demo`. Each imports what it needs when it runs; `--help` does not wait."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankwise.cli.app import RecipeFile, place, terminal, uncollected
+from rankwise.cli.flags import recipe_flags
+from rankwise.train import recipe as recipes
+
+
+@recipe_flags
+def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+    """Fine-tune a model as the recipe says."""
+    wanted = recipes.load(recipe, overrides)
+    with uncollected():
+        from rankwise.train.run import run
+        from rankwise.train.run.tables import summary
+
+    console = terminal()
+    result = run.train(wanted, console)
+    console.print(summary(result.metrics, result.adapter, result.page))
+
+
+@recipe_flags
+def plan(
+    recipe: RecipeFile = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Say, from gradients of the data, what each rank captures of a step.")
+    ] = False,
+    parameters: Annotated[
+        int | None, typer.Option(help="With --advise: trained parameters to share out; default: as planned.")
+    ] = None,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Show which layers a recipe adapts, and with how many parameters. Trains nothing."""
+    wanted = recipes.load(recipe, overrides)
+    with uncollected():
+        from rankwise.train.run.loading import load, show_plan
+
+    console = terminal()
+    loaded = load(wanted, console)
+    show_plan(loaded, console)
+    if advise:
+        with uncollected():
+            from rankwise.train.run import run  # with the trainer, which takes seconds to import
+
+        run.advise(loaded, parameters, console)
+
+
+@recipe_flags
+def check(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+    """Do everything that a run does before its first step, show what it found, and train nothing."""
+    wanted = recipes.load(recipe, overrides)
+    with uncollected():
+        from rankwise.train.run import run
+        from rankwise.train.run.tables import data_table, samples_table
+
+    console = terminal()
+    loaded = run.load(wanted, console)
+    run.show_plan(loaded, console)
+    prepared = run.prepare(loaded, console)
+    console.print(samples_table(prepared.summary), data_table(prepared.summary, prepared.trial))
+    console.print("Ready: `rankwise train` would start now.", highlight=False)
+
+
+@recipe_flags
+def init(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+    """Compute a recipe's start alone and save the untrained adapter."""
+    wanted = recipes.load(recipe, overrides)
+    with uncollected():
+        from rankwise.train.run import run
+
+    console = terminal()
+    loaded = run.load(wanted, console)
+    run.show_plan(loaded, console)
+    with run.saving_adapter(run.prepare(loaded, console), "start"):
+        pass
+    console.print(f"The untrained adapter is in {Path(wanted.output_dir) / 'start'}", highlight=False)
+
+
+@recipe_flags
+def study(
+    name: Annotated[str, typer.Argument(help="weight-types, ranks, subspace, amplification or intrinsic-dimension.")],
+    recipe: RecipeFile = None,
+    out: Annotated[Path, place("Directory for results, pages, and runs to go on from.")] = Path("studies"),
+    seeds: Annotated[int, typer.Option(help="Seeds of every arm, from the recipe's on.")] = 2,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Repeat an experiment of the papers on your model and data. Stopped, it goes on where it was."""
+    wanted = recipes.load(recipe, overrides)
+    with uncollected():
+        from rankwise.studies import run_study, write_outcome
+
+    console = terminal()
+    outcome = run_study(name, wanted, out, seeds, console)
+    console.print(f"The page is {write_outcome(name, outcome, wanted, seeds, out)}", highlight=False)
+
+
+@recipe_flags
+def compare(
+    recipe: RecipeFile = None,
+    preset: Annotated[str, typer.Option(help="Which methods: best or articles.")] = "best",
+    arms: Annotated[Path | None, place("YAML file of methods instead, a line each: `DoRA: {variant: dora}`.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of every method, from the recipe's on.")] = 3,
+    minutes: Annotated[float | None, typer.Option(help="Start no run after so many.")] = None,
+    steps_to_baseline: Annotated[
+        bool | None,
+        typer.Option(
+            "--steps-to-baseline/--no-steps-to-baseline",
+            help="Look how few steps each takes to the first one's loss. Default: with the preset best.",
+        ),
+    ] = None,
+    out: Annotated[Path, place("Directory for results, page, and runs to go on from.")] = Path("compare"),
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Compare methods with each other and with full fine-tuning, each at its best rate. Stopped, it goes on."""
+    wanted = recipes.load(recipe, overrides)
+    from rankwise.compare import run_comparison, write_comparison
+
+    comparison = run_comparison(
+        wanted,
+        out,
+        console := terminal(),
+        preset=preset,
+        arms_file=arms,
+        seeds=seeds,
+        minutes=minutes,
+        steps_to_baseline=steps_to_baseline,
+    )
+    console.print(f"The page is {write_comparison(comparison, out)}", highlight=False)
+
+
+def demo(
+    out: Annotated[Path, place("Directory for the demo's files.")] = Path("rankwise-demo"),
+) -> None:
+    """Fine-tune a small real model on real text with LoRA-GA, beside plain LoRA. Takes a few minutes."""
+    with uncollected():
+        from rankwise.train.demo import run_demo
+
+    run_demo(out, terminal())
