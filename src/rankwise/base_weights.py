@@ -103,6 +103,21 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return tensors.shape(name) if isinstance(tensors, Checkpoint) else tuple(tensors[name].shape)
 
 
+def transposed_weights(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names of the weights that are stored [in, out], as GPT-2's are: the bias has a number for each of their columns.
+
+    A square weight with a bias is as the others of its checkpoint are.
+    """
+    shapes = {
+        name: (*shape_of(tensors, name), *shape_of(tensors, f"{name.removesuffix('.weight')}.bias"))
+        for name in tensors
+        if name.endswith(".weight") and f"{name.removesuffix('.weight')}.bias" in tensors
+    }
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    turned = {name for name, (rows, columns, biases) in matrices.items() if rows != columns == biases}
+    return turned | {name for name, (rows, columns, _) in matrices.items() if turned and rows == columns}
+
+
 def name_of_source(source: Source) -> str | None:
     """The name or path of a model, where it is known."""
     if isinstance(source, nn.Module):
@@ -130,8 +145,8 @@ class BaseWeights:
     """The weights that an adapter's sites change.
 
     Args:
-        source: of a model, quantised weights are dequantised and a Conv1D's are transposed. Files cannot tell a square
-            Conv1D weight from a linear layer's: give the model where there are such layers (GPT-2).
+        source: of a model, quantised weights are dequantised. Of tensors and files, a weight's layout is told by its
+            shape and its bias's.
     """
 
     def __init__(self, source: Source) -> None:
@@ -149,6 +164,10 @@ class BaseWeights:
     def _names(self) -> Names:
         return Names(self._tensors)
 
+    @cached_property
+    def _transposed(self) -> set[str]:
+        return transposed_weights(self._tensors)
+
     def matrix(self, path: str, site: SiteAdapter) -> Float[Tensor, "out in"]:
         """The weight at a site as one matrix, in fp32 or finer.
 
@@ -158,7 +177,8 @@ class BaseWeights:
         if isinstance(self.source, nn.Module):
             matrix = base_matrix(self._layer(path))
         else:
-            matrix = _as_matrix(at_least_fp32(self._stored(path)), site)
+            name = self._name(path)
+            matrix = _as_matrix(at_least_fp32(self._tensors[name]), site, name in self._transposed)
         if matrix.shape != site.delta.shape:
             raise ShapeMismatch(
                 f"{path}: the base's weight is {' × '.join(map(str, matrix.shape))} and the adapter's change "
@@ -173,18 +193,20 @@ class BaseWeights:
 
     def probe(self, path: str) -> tuple[float, ...]:
         """What :func:`rankwise.adapter.probe` says of a site's weight."""
-        return probe(self._layer(path)) if isinstance(self.source, nn.Module) else probed(self._stored(path))
+        return (
+            probe(self._layer(path)) if isinstance(self.source, nn.Module) else probed(self._tensors[self._name(path)])
+        )
 
     def _layer(self, path: str) -> Any:
         if path not in self._modules or kind_or_none(self._modules[path]) is None:
             raise self._absent(path, self._modules)
         return self._modules[path]
 
-    def _stored(self, path: str) -> Tensor:
+    def _name(self, path: str) -> str:
         name = self._names.like(f"{path}.weight")
         if name is None:
             raise self._absent(f"{path}.weight", self._tensors)
-        return self._tensors[name]
+        return name
 
     def _absent(self, name: str, known: Any) -> BaseMismatch:
         return BaseMismatch(
@@ -199,9 +221,10 @@ def probed(stored: Tensor) -> tuple[float, ...]:
     return tuple(float(value) for value in flat[evenly_spaced(PROBED, flat.numel())])
 
 
-def _as_matrix(stored: Tensor, site: SiteAdapter) -> Tensor:
+def _as_matrix(stored: Tensor, site: SiteAdapter, transposed: bool) -> Tensor:
     if site.kind == "conv2d":
         return stored.flatten(1)
-    transposed = site.kind in ("embedding", "conv1d") or tuple(stored.shape) == site.delta.shape[::-1]
     square = stored.shape[0] == stored.shape[-1]
-    return stored.T if transposed and not (square and site.kind == "linear") else stored
+    if site.kind == "linear":  # or a Conv1D, which a file does not tell apart
+        return stored.T if (transposed if square else tuple(stored.shape) == site.delta.shape[::-1]) else stored
+    return stored.T

@@ -11,9 +11,9 @@ from rankwise.adapter import Adapter, SiteAdapter, spread_evenly, targets_among,
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.approximation import Approximation, Fit, approximation, check_limits, fitted, norm
-from rankwise.base_weights import Names, Source, name_of_source, probed, shape_of, tensors_of
+from rankwise.base_weights import Names, Source, name_of_source, probed, shape_of, tensors_of, transposed_weights
 from rankwise.errors import BaseMismatch, NonFiniteTensor, SpecError
-from rankwise.layers.kinds import CONV2D, EMBEDDING, LINEAR, Kind, kind_or_none
+from rankwise.layers.kinds import CONV1D, CONV2D, EMBEDDING, LINEAR, Kind, kind_or_none
 from rankwise.patterns import keys_under
 from rankwise.sites import base_modules, site_generator
 from rankwise.spec import LoRA
@@ -133,11 +133,13 @@ def _layers_by_model(model: nn.Module) -> dict[str, list[_Layer]]:
 def _layers_by_name(tensors: Mapping[str, Tensor]) -> dict[str, list[_Layer]]:
     """The same, as far as names and shapes tell."""
     layers: dict[str, list[_Layer]] = {}
+    transposed = transposed_weights(tensors)
     for name in tensors:
         path, _, last = name.rpartition(".")
         axes = len(shape_of(tensors, name)) if last == "weight" and path else 0
         if axes == 2:
-            layers[name] = [_Layer(path, EMBEDDING if path.rpartition(".")[2] in _EMBEDDINGS else LINEAR)]
+            linear = CONV1D if name in transposed else LINEAR
+            layers[name] = [_Layer(path, EMBEDDING if path.rpartition(".")[2] in _EMBEDDINGS else linear)]
         elif axes == 4:
             layers[name] = [_Layer(path, CONV2D, shape_of(tensors, name)[1:])]
     return layers

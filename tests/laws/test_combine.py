@@ -14,7 +14,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from safetensors.torch import save_file
 from tiny_llama import save_tiny_llama
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 from zoo import LAYERS, perturb, relative, zoo_and_inputs
 
@@ -308,6 +308,21 @@ def test_a_base_from_files_is_the_same_base(tmp_path: Path):
     ]
     for other in combined[1:]:
         assert other.errors == combined[0].errors
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+def test_square_weights_of_a_conv1d_are_told_by_the_others_biases(tmp_path: Path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=16))
+    rw.attach(model, rw.LoRA(rank=2, variant="dora", target_modules=["attn.c_proj"]))
+    perturb(model, 0.3)
+    rw.save(model, tmp_path / "adapter")
+    rw.detach(model)
+    model.save_pretrained(tmp_path / "base")
+    parts = [(rw.read(tmp_path / "adapter"), 1.0)]
+    expected, found = (combine(parts, "svd", rank=8, base=base) for base in (model, tmp_path / "base"))
+    path = "transformer.h.0.attn.c_proj"
+    assert relative(dense(found.adapter.sites[path].delta), dense(expected.adapter.sites[path].delta)) < 1e-5
 
 
 def test_dora_needs_its_own_base():

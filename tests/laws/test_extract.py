@@ -169,6 +169,9 @@ def test_gpt2_whose_base_was_saved_without_its_head(tmp_path: Path):
     extracted = extract(tmp_path / "tuned", tmp_path / "base", rank=1, layout=layout)
     assert extracted.error < 1e-5 and not extracted.left_out
     assert extracted.adapter.sites["transformer.h.0.attn.c_proj"].kind == "conv1d"
+    by_name = extract(tmp_path / "tuned", tmp_path / "base", rank=1)
+    for path, site in by_name.adapter.sites.items():
+        assert site.kind == extracted.adapter.sites[f"transformer.{path}"].kind
     rw.write(extracted.adapter, tmp_path / "adapter")
     rw.load(base, tmp_path / "adapter")
     ids = torch.arange(11)[None]
