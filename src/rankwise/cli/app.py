@@ -74,6 +74,7 @@ RecipeFile = Annotated[
 Adapter = Annotated[
     Path, typer.Argument(parser=_path, metavar="ADAPTER", help="Adapter directory, rankwise's or PEFT's.")
 ]
+Adapters = Annotated[list[Path], typer.Argument(parser=_path, metavar="ADAPTER...", help="Adapter directories.")]
 Base = Annotated[
     str | None,
     typer.Option(parser=expand_user, metavar="TEXT", help="Base model; default: the one that the adapter names."),
@@ -245,7 +246,7 @@ def squeeze(
 
 @app.command()
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(parser=_path, metavar="ADAPTER...", help="Adapter directories.")],
+    adapters: Adapters,
     out: Annotated[Path, _place("Directory for the one adapter; must not hold files yet.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of an adapter, once for each in their order. Default: 1 each.")
@@ -329,9 +330,7 @@ def generate(
 
 @app.command()
 def analyze(
-    adapters: Annotated[
-        list[Path], typer.Argument(parser=_path, metavar="ADAPTER...", help="Adapter directories to compare.")
-    ],
+    adapters: Adapters,
     out: Annotated[Path, _place("The page; its numbers go beside it as JSON.")] = Path("analysis.html"),
     base: Base = None,
     batches: Annotated[
