@@ -8,7 +8,7 @@ from pathlib import Path
 # From the bottom up. A module imports only from the rows above its own, never its siblings.
 LAYERS = (
     ("errors", "shapes"),
-    ("json_object", "pattern_worker", "methods"),
+    ("json_object", "automaton", "methods"),
     ("tensor_header", "disk"),
     (
         "files",

@@ -1,32 +1,21 @@
-"""Which module names a regular expression matches, in bounded time whoever wrote the expression.
+"""Which module names a regular expression matches, in a bounded number of steps whoever wrote the expression.
 
 Python's ``re`` backtracks: ``(a+)+$`` on a name of 40 letters takes hours, and nothing in the process can stop it.
-Names and alternatives of names, which nearly all patterns are, need no regular expression. One without repetition or
-groups cannot backtrack and is matched here. Any other is matched by a process that is stopped after two seconds of
-computing; it takes some 30 ms to start.
+Names and alternatives of names, which nearly all patterns are, need no regular expression; any other is read by
+:mod:`rankwise.automaton`, which does not backtrack.
 """
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import zip_longest
-from pathlib import Path
 from typing import TypeVar
 
+from rankwise.automaton import STEPS, TooLong, matches
 from rankwise.errors import TargetError
-from rankwise.pattern_worker import matches
 
 T = TypeVar("T")
 
-SECONDS = 2.0
-_CLOCK_SECONDS = 20.0  # where the computing time cannot be limited, or the machine is very busy
-_WORKER = Path(__file__).with_name("pattern_worker.py")
 _NAME = re.compile(r"\^?(?:[\w\-]|\\[^\w])+")  # a dot must be escaped: a bare one matches any letter
-_NO_REPETITION = re.compile(r"(?:[\w\-.^$| ]|\\[^\w])*")
-_WORK_HERE = 2 * 10**6  # letters of expressions × names
 
 
 def matching(field: str, expression: str, names: Sequence[str]) -> set[str]:
@@ -114,21 +103,16 @@ def _as_names(expression: str) -> list[str] | None:
 
 def _run(field: str, expressions: dict[str, str], names: Sequence[str]) -> dict[str, set[str]]:
     """Key → the names that its expression matches whole."""
-    if not expressions:
-        return {}
-    short = sum(map(len, expressions.values())) * (len(names) + 100) < _WORK_HERE
-    if short and all(map(_NO_REPETITION.fullmatch, expressions)):
-        answers = list(matches(expressions.values(), names))
-    else:
-        answers = _answers_of_worker(tuple(expressions.values()), tuple(names))
+    try:
+        answers = _answers(tuple(expressions.values()), tuple(names))
+    except TooLong as stopped:
+        key = list(expressions)[stopped.args[0]]
+        raise TargetError(
+            f"{field} {_short(key)}: not done with {len(names)} module names after {STEPS:,} steps; expected an "
+            "expression with fewer or smaller repetitions, as in a{9}{9}{9}: simplify it, or give a list of names"
+        ) from None
     matched: dict[str, set[str]] = {}
-    for key, answer in zip_longest(expressions, answers):
-        if answer is None:
-            raise TargetError(
-                f"{field} {_short(key)}: not done with {len(names)} module names after {SECONDS:g} s of computing; "
-                f"expected a regular expression without repetition inside repetition, as in (a+)+: simplify it, or "
-                f"give a list of names"
-            )
+    for key, answer in zip(expressions, answers, strict=True):
         if isinstance(answer, str):
             raise TargetError(f"{field} {_short(key)} is not a regular expression: {answer}")
         matched[key] = {names[index] for index in answer}
@@ -136,17 +120,8 @@ def _run(field: str, expressions: dict[str, str], names: Sequence[str]) -> dict[
 
 
 @lru_cache(maxsize=64)
-def _answers_of_worker(expressions: tuple[str, ...], names: tuple[str, ...]) -> list[list[int] | str]:
-    """What the worker said of each expression, up to the one at which it was stopped."""
-    question = json.dumps({"expressions": expressions, "names": names, "seconds": SECONDS})
-    # -I -S: nothing of the surroundings is imported, which also makes it start fast.
-    command = [sys.executable, "-I", "-S", str(_WORKER)]
-    try:
-        done = subprocess.run(command, input=question.encode(), capture_output=True, timeout=_CLOCK_SECONDS)
-        written = done.stdout
-    except subprocess.TimeoutExpired as stopped:
-        written = stopped.stdout or b""
-    return [json.loads(line) for line in written.splitlines(keepends=True) if line.endswith(b"\n")]
+def _answers(expressions: tuple[str, ...], names: tuple[str, ...]) -> list[list[int] | str]:
+    return list(matches(expressions, names))
 
 
 def _short(expression: str) -> str:

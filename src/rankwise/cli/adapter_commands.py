@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rankwise.cli.app import Adapter, Base, path_of, place, terminal, uncollected
+from rankwise.cli.app import Adapter, Adapters, Base, place, terminal, uncollected
 from rankwise.files import expand_user
 
 
@@ -50,7 +50,7 @@ def squeeze(
 
 
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(parser=path_of, metavar="ADAPTER...", help="Adapter directories.")],
+    adapters: Adapters,
     out: Annotated[Path, place("Directory for the one adapter; must not hold files yet.")],
     weight: Annotated[
         list[float] | None, typer.Option(help="Weight of an adapter, once for each in their order. Default: 1 each.")
@@ -130,9 +130,7 @@ def generate(
 
 
 def analyze(
-    adapters: Annotated[
-        list[Path], typer.Argument(parser=path_of, metavar="ADAPTER...", help="Adapter directories to compare.")
-    ],
+    adapters: Adapters,
     out: Annotated[Path, place("The page; its numbers go beside it as JSON.")] = Path("analysis.html"),
     base: Base = None,
     batches: Annotated[

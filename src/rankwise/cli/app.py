@@ -72,6 +72,7 @@ RecipeFile = Annotated[
 Adapter = Annotated[
     Path, typer.Argument(parser=path_of, metavar="ADAPTER", help="Adapter directory, rankwise's or PEFT's.")
 ]
+Adapters = Annotated[list[Path], typer.Argument(parser=path_of, metavar="ADAPTER...", help="Adapter directories.")]
 Base = Annotated[
     str | None,
     typer.Option(parser=expand_user, metavar="TEXT", help="Base model; default: the one that the adapter names."),
