@@ -405,6 +405,7 @@ FAULTS: tuple[Fault, ...] = (
         "Two tensors of one tied weight in a file",
         "Each module gets its own copy where they differ, as in PEFT; copies that are alike stay tied.",
         (f"{_VOCABULARY}::test_a_vocabulary_that_peft_trained_whole",
+         f"{_VOCABULARY}::test_a_vocabulary_that_peft_trained_as_one",
          f"{_VOCABULARY}::test_copies_that_are_alike_stay_tied"),
     ),
     Fault(

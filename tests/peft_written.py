@@ -50,7 +50,7 @@ def outputs(model: nn.Module) -> Tensor:
 
 def written(base: nn.Module, where: Path, size: float = 0.05, **fields: Any) -> nn.Module:
     """A PEFT adapter with every trained tensor moved, saved; as PEFT reads it on a clean base."""
-    peft = get_peft_model(copy.deepcopy(base), LoraConfig(**fields))
+    peft = get_peft_model(copy.deepcopy(base), LoraConfig(**copy.deepcopy(fields)))  # PEFT changes lists in place
     perturb_peft(peft, size)
     peft.save_pretrained(str(where))
     return PeftModel.from_pretrained(copy.deepcopy(base), str(where))

@@ -97,7 +97,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "kasa": {"kasa_config": {"beta": 1e-4}},
     "monteclora": {"monteclora_config": {"samples": 2}},
     "megatron": {"megatron_config": {"hidden_size": 3}},
-    "tied": {"ensure_weight_tying": True},
     "an entry of tomorrow": {"use_spectral_mixing": 3},
 }
 
@@ -121,6 +120,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "mica": {"init_lora_weights": "mica"},
     "an entry of tomorrow that is off": {"use_spectral_mixing": None, "spectral_config": {}},
+    "ties of an untied base": {"ensure_weight_tying": True},
     "of training": {"velora_config": {"scale": 1.0}, "inference_mode": False, "revision": "main"},
 }
 

@@ -48,6 +48,17 @@ def test_a_vocabulary_that_peft_trained_whole(build: Callable[[], nn.Module], wh
     assert torch.equal(outputs(rw.detach(ours)), outputs(base))
 
 
+@pytest.mark.parametrize("whole", [BOTH, ["lm_head"], ["embed_tokens"]], ids="+".join)
+def test_a_vocabulary_that_peft_trained_as_one(whole: list[str], tmp_path: Path):
+    """With ensure_weight_tying the file has both tensors, though modules_to_save names one."""
+    fields = {"target_modules": ["q_proj"], "modules_to_save": whole, "ensure_weight_tying": True}
+    expected = outputs(written(tied(), tmp_path / "a", r=2, **fields))
+    ours = rw.load(tied(), tmp_path / "a")
+    assert (outputs(ours) - expected).abs().max() <= 1e-5
+    rw.save(ours, tmp_path / "b")
+    assert (outputs(PeftModel.from_pretrained(tied(), str(tmp_path / "b"))) - expected).abs().max() <= 1e-5
+
+
 def test_copies_that_are_alike_stay_tied(tmp_path: Path):
     spec = rw.LoRA(rank=2, target_modules=["q_proj"], modules_to_save=BOTH)
     model = rw.attach(tied(), spec)

@@ -31,7 +31,6 @@ _NEUTRAL: dict[str, Any] = {
     "arrow_config": None,
     "kasa_config": None,
     "monteclora_config": None,
-    "ensure_weight_tying": False,
 }
 _OFF: tuple[Any, ...] = (None, False, "", [], {})
 # Task → the heads that PEFT trains whole, without being told, where the model has them.
@@ -56,7 +55,8 @@ _READ = {
 }  # fmt: skip
 # Of training, of the search for a start, of how a layer stores its weight, or for the reader.
 _WITHOUT_EFFECT = {
-    "auto_mapping", "beta1", "beta2", "corda_config", "deltaT", "eva_config", "fan_in_fan_out", "inference_mode",
+    "auto_mapping", "beta1", "beta2", "corda_config", "deltaT", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode",
     "loftq_config", "lora_ga_config", "megatron_core", "orth_reg_weight", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_r", "task_type", "tfinal", "tinit", "total_step", "velora_config",
 }  # fmt: skip

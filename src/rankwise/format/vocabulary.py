@@ -30,22 +30,21 @@ def changed_embeddings(model: nn.Module, adapter: Adapter, source: Path) -> dict
     """
     modules = base_modules(model)
     changed: dict[str, Tensor] = {}
-    for name, stored in _stored(adapter).items():
+    trained = set(keys_under(adapter.spec.modules_to_save, adapter.saved))
+    for name in adapter.saved.keys() - trained:
+        stored = adapter.saved[name]
         path, _, last = name.rpartition(".")
         own = modules[path]._parameters.get(last) if path in modules else None
         if own is None:
             raise BaseMismatch(f"{source}: has {name}, of a module that this model lacks; it is another base's")
+        tied = [other for other in parameter_owners(model)[id(own)] if other.rpartition(".")[0] in modules]
+        if not trained.isdisjoint(tied):  # and PEFT trained them as one
+            changed[name] = stored
+            continue
         replaceable = isinstance(modules[path], nn.Embedding) or is_embedding(name)
         if not _alike(source, name, stored, own, _MOST_CHANGED if replaceable else 0.0):
-            tied = [other for other in parameter_owners(model)[id(own)] if other.rpartition(".")[0] in modules]
             changed |= dict.fromkeys(tied, stored)
     return changed
-
-
-def _stored(adapter: Adapter) -> dict[str, Tensor]:
-    """The embeddings in the file: adapted layers' own, and those that no name in modules_to_save accounts for."""
-    trained = set(keys_under(adapter.spec.modules_to_save, adapter.saved))
-    return {name: tensor for name, tensor in adapter.saved.items() if name not in trained}
 
 
 def _alike(source: Path, name: str, stored: Tensor, own: Tensor, most: float) -> bool:
