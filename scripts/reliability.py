@@ -36,6 +36,7 @@ _MERGED = "end_to_end/test_merged_directory.py"
 _KEPT = "unit/test_kept_outputs.py"
 _UNUSED = "unit/test_unused_layers.py"
 _LEFT_OUT = "unit/test_left_out.py"
+_TORCH = "unit/test_torch_features.py"
 _OFFLOADED = "unit/test_offloading.py"
 _MERGED, _TEXT = "end_to_end/test_merged_directory.py", "end_to_end/test_hostile_text.py"
 _YAML, _CONVOLUTIONS = "unit/test_yaml_text.py", "parity/test_convolutions.py"
@@ -352,6 +353,30 @@ FAULTS: tuple[Fault, ...] = (
          f"{_LEFT_OUT}::test_an_adapted_classifier_with_its_head_is_the_merged_one",
          f"{_LEFT_OUT}::test_only_heads_are_left_out", f"{_LEFT_OUT}::test_fused_experts_are_said",
          f"{_LEFT_OUT}::test_attention_that_keeps_its_projections_in_one_tensor_is_said"),
+    ),
+    Fault(
+        "Weights computed from others: `spectral_norm`, `weight_norm`, pruning",
+        "Adapted as any. `merge` and `anchor='fold'` refuse them by name until they are parameters; then the merged "
+        "model is the adapted one.",
+        (f"{_TORCH}::test_a_weight_that_is_computed_from_others",
+         f"{_TORCH}::test_a_start_is_not_folded_into_a_computed_weight"),
+    ),
+    Fault(
+        "Nested tensors, `nn.TransformerEncoder` with padding",
+        "Each row as it is alone, and each sequence as in training mode. Where no gradient passes torch's own "
+        "attention, `AttachError` says what does.",
+        (f"{_TORCH}::test_nested_tensors", f"{_TORCH}::test_gradients_through_jagged_tensors",
+         f"{_TORCH}::test_an_encoder_that_makes_nested_tensors_of_its_padding",
+         f"{_TORCH}::test_no_gradient_passes_an_encoders_nested_tensors"),
+    ),
+    Fault(
+        "`torch.inference_mode`, `torch.jit.trace`",
+        "What is attached, loaded, collected or merged in inference mode trains as any; a base made in it is for "
+        "inference, or refused. A traced model is the model.",
+        (f"{_TORCH}::test_attached_or_loaded_in_inference_mode_it_can_be_trained",
+         f"{_TORCH}::test_a_start_that_is_collected_in_inference_mode",
+         f"{_TORCH}::test_merged_in_inference_mode_gradients_pass", f"{_TORCH}::test_inputs_from_inference_mode",
+         f"{_TORCH}::test_a_base_from_inference_mode_is_for_inference", "unit/test_compile.py::test_compiled"),
     ),
     Fault(
         "Stale or foreign gradient cache; initialisation interrupted",

@@ -24,7 +24,7 @@ LAYERS = (
     ),
     ("tensor_files",),
     ("layers",),
-    ("scaling", "left_out", "inits", "variants"),
+    ("scaling", "foldable", "left_out", "inits", "variants"),
     ("spec",),
     # What is to be collected is decided from sites alone, so that a plan can show it; collecting runs the model.
     ("adapter", "collection"),

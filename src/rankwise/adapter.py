@@ -156,8 +156,12 @@ def one_of_each(sites: Iterable[str]) -> str:
 
 
 def base_probes(model: nn.Module, sites: list[str]) -> dict[str, tuple[float, ...]]:
-    """Module path → :func:`probe` of some of the sites."""
-    return {path: probe(model.get_submodule(path)) for path in spread_evenly(sites)}
+    """Module path → :func:`probe` of some of the sites, of those whose weight is a parameter.
+
+    One that is computed from others, as by torch.nn.utils.spectral_norm, may be out of date before the first forward.
+    """
+    own = [path for path in sites if "weight" in model.get_submodule(path)._parameters]
+    return {path: probe(model.get_submodule(path)) for path in spread_evenly(own)}
 
 
 def spread_evenly(sites: list[str]) -> list[str]:

@@ -21,6 +21,7 @@ from rankwise.format.save_pretrained import save_as_adapter
 from rankwise.inits.base import Init
 from rankwise.layers.kinds import KINDS, base_matrix
 from rankwise.layers.quantised import forbid_repacking
+from rankwise.placement import check_differentiable
 from rankwise.planning import Plan, left_out, plan, planned_sites, starting_sites, whole_modules
 from rankwise.sites import Site, Start, site_generator, variant_generator
 from rankwise.spec import LoRA
@@ -90,6 +91,7 @@ def attach(  # type: ignore[misc]  # a dry run takes what attach takes
     """
     check_new_name(model, name)
     forbid_repacking(model)
+    check_differentiable(model)
     if not isinstance(spec, LoRA):
         raise SpecError(f"spec must be a rankwise.LoRA(...) or rankwise.Bottleneck(...), found {spec!r}")
     assert isinstance(spec.init, Init)
@@ -106,13 +108,14 @@ def attach(  # type: ignore[misc]  # a dry run takes what attach takes
         return planned
     for note in planned.left_out:
         log.warning("left out of all-linear: %s", note)
-    with switched_off(model):
-        layers = _adapters(root, spec, planned, evidence, batches, loss)
-    adapted = Adapted.ensure(model)
-    adapted.add(name, spec, layers, dict.fromkeys(whole), trainable=True)
-    save_as_adapter(model, save)
-    if spec.anchor == "fold":
-        fold_starts(adapted, layers)
+    with torch.inference_mode(False):  # or what is made here could never be trained
+        with switched_off(model):
+            layers = _adapters(root, spec, planned, evidence, batches, loss)
+        adapted = Adapted.ensure(model)
+        adapted.add(name, spec, layers, dict.fromkeys(whole), trainable=True)
+        save_as_adapter(model, save)
+        if spec.anchor == "fold":
+            fold_starts(adapted, layers)
     return model
 
 

@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def is_transformed() -> bool:
-    """Whether the forward must be plain operators: for the compiler, torch.func, forward-mode differentiation.
+    """Whether the forward must be plain operators: for compiler and tracer, torch.func, forward-mode differentiation.
 
     And for a mode that keeps operators' results, such as selective checkpointing.
     """
     return (
         torch.compiler.is_compiling()  # which fuses and plans memory itself
+        or torch._C._get_tracing_state() is not None
         or _functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or is_in_torch_dispatch_mode(include_infra_modes=False)

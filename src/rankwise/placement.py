@@ -1,7 +1,9 @@
-"""Tensors that are not in memory: those of offloaded models, and of models made on the meta device."""
+"""Tensors that cannot be worked with where they are: offloaded, on the meta device, made in inference mode, nested."""
 
 from itertools import chain
 from typing import Any
+
+import torch
 
 from rankwise.errors import AttachError
 
@@ -23,3 +25,32 @@ def check_in_memory(module: Any, path: str = "") -> None:
                 f"bring it back with accelerate.hooks.remove_hook_from_submodules(model); for inference with "
                 f"offloading merge first, with keep_base=False"
             )
+
+
+def check_differentiable(module: Any) -> None:
+    """Refuse to train a model whose tensors no gradient can pass.
+
+    Raises:
+        AttachError: a parameter or buffer was made under ``torch.inference_mode()``.
+    """
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_inference():
+            raise AttachError(
+                f"{name}: expected a tensor that gradients can pass, found one made under torch.inference_mode(); "
+                f"load the model outside of it, or load the adapter with trainable=False"
+            )
+
+
+def check_nested(module: Any, path: str, y: Any) -> None:
+    """Refuse to train on nested tensors that torch's attention has no gradient for.
+
+    Raises:
+        AttachError: y is one of strided layout, and the module would get a gradient.
+    """
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+    if trained and y.layout is torch.strided:
+        raise AttachError(
+            f"{path}: found a nested tensor, as nn.TransformerEncoder makes in evaluation mode where some of a batch "
+            f"is padding; no gradient passes its attention. Call model.train(), or torch.no_grad() around the call, or "
+            f"build the encoder with enable_nested_tensor=False"
+        )

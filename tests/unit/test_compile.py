@@ -1,4 +1,4 @@
-"""torch.compile: the same values and gradients as without, in one graph.
+"""torch.compile and torch.jit.trace: the same values and gradients as without, in one graph.
 
 In a process of its own: the shape checker that the tests install on rankwise is Python that the compiler cannot read.
 """
@@ -126,7 +126,31 @@ def blocks_compiled_alone(fullgraph: bool) -> None:
     assert not fresh._forward_hooks  # all layers have run
 
 
+def traced(variant: str, with_gradient: bool) -> None:
+    """By torch.jit: on other batches than the one it was traced with, and from a file."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).double()
+    rw.attach(model, rw.LoRA(rank=2, variant=variant, target_modules=["0", "2"], dropout=0.5))
+    with torch.no_grad():
+        for parameter in rw.trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x, other = torch.randn(5, 8, dtype=torch.float64), torch.randn(3, 7, 8, dtype=torch.float64)
+    with torch.set_grad_enabled(with_gradient):
+        function = torch.jit.trace(model.eval(), x)
+    with tempfile.NamedTemporaryFile() as file:
+        function.save(file.name)
+        for either in (function, torch.jit.load(file.name)):
+            torch.testing.assert_close(either(other), model(other))
+    dropping = torch.jit.trace(model.train(), x, check_trace=False)
+    assert not torch.equal(dropping(x), dropping(x))
+
+
 CASES = {
+    **{
+        f"traced {variant} {with_gradient}": (traced, variant, with_gradient)
+        for variant in VARIANTS
+        for with_gradient in (True, False)
+    },
     **{
         f"{init}-{variant}": (same_as_without, init, variant)
         for init in ("kaiming", "pissa")

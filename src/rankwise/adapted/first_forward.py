@@ -44,7 +44,7 @@ def _begin(root: nn.Module, args: Any) -> None:
 def _end(root: nn.Module, args: Any, output: Any) -> None:
     """After a forward of the model, or an error in it."""
     reads = None if torch.compiler.is_compiling() else WeightReads.ended(root)
-    if reads is None:
+    if reads is None or output is None:  # an error in the forward
         return
     adapted = vars(root)[ADAPTED]
     for path in _idle(root, adapted.slots).keys() & reads.read:

@@ -9,8 +9,8 @@ from torch import nn
 from rankwise.adapted.adapted import Adapted
 from rankwise.algebra.low_rank import LowRank
 from rankwise.errors import AttachError
-from rankwise.layers.kinds import base_matrix, parameter_owners
-from rankwise.layers.quantised import is_quantised
+from rankwise.foldable import parameter_owners, why_not_writable
+from rankwise.layers.kinds import base_matrix
 from rankwise.sites import Site
 from rankwise.variants.base import AdapterLayer, FoldableLayer
 
@@ -29,12 +29,8 @@ def check_foldable(model: nn.Module, sites: Iterable[Site]) -> None:
         )
     owners = parameter_owners(model)
     for site in sites:
-        layer = model.get_submodule(site.name)
-        if is_quantised(layer):
-            raise AttachError(f"{site.name}: anchor='fold' cannot write into a quantised weight; use anchor='frozen'")
-        tied = owners[id(layer.weight)]
-        if len(tied) > 1:
-            raise AttachError(f"{site.name}: anchor='fold' would change the tied {', '.join(tied)}; use 'frozen'")
+        if reason := why_not_writable(model.get_submodule(site.name), owners):
+            raise AttachError(f"{site.name}: {reason}, or use anchor='frozen'")
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from rankwise.adapted.adapted import Adapted, forget_compiled
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.errors import MergeError
-from rankwise.layers.kinds import parameter_owners
-from rankwise.layers.quantised import is_quantised
+from rankwise.foldable import parameter_owners, why_not_writable
 from rankwise.placement import check_in_memory
 from rankwise.shapes import Float, Shaped
 from rankwise.variants.base import FoldableLayer
@@ -63,6 +62,7 @@ class MergeReport:
 MOST_LOST = 0.7
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_LOST) -> MergeReport:
     """Fold the active adapters into the base: the model is plain again, with no cost left at inference.
@@ -129,18 +129,8 @@ def _check_lost(adapted: Adapted, report: MergeReport, most_lost: float) -> None
 def _check_unshared(adapted: Adapted, paths: Iterable[str]) -> None:
     owners = parameter_owners(adapted.root)
     for path in paths:
-        layer = adapted.layer(path)
-        if is_quantised(layer):
-            raise MergeError(
-                f"{path}: its weight is quantised ({type(layer).__name__}); expected a floating point weight: "
-                f"load the base in bf16 or fp32 and the adapter on top, then merge"
-            )
-        shared = owners[id(layer.weight)]
-        if len(shared) > 1:
-            raise MergeError(
-                f"{path}: its weight is shared by {', '.join(shared)}, so folding would change them all; "
-                f"untie them first"
-            )
+        if reason := why_not_writable(adapted.layer(path), owners):
+            raise MergeError(f"{path}: {reason}, then merge")
 
 
 _CHUNK = 2**16  # numbers of a weight that are folded at a time: small enough for a core's own cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
-from rankwise.placement import check_in_memory
+from rankwise.placement import check_in_memory, check_nested
 from rankwise.sites import SLOT
 from rankwise.variants.base import AdapterLayer, FoldableLayer
 
@@ -40,10 +40,12 @@ class Slot(nn.Module):
         if torch.compiler.is_compiling():
             _will_fire(self)
         else:
-            if "forward" in vars(layer):  # as accelerate's offloading has it
-                check_in_memory(self, self.site_name)
             if not self.fired:
                 self.fired = True
+            if "forward" in vars(layer):  # as accelerate's offloading has it
+                check_in_memory(self, self.site_name)
+            if y.is_nested:
+                check_nested(self, self.site_name, y)
         if self.enabled:
             for name in self.active:
                 y = self.adapters[name].adapt(layer, x, y)

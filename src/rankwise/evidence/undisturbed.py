@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.errors import EvidenceError
@@ -70,7 +71,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training and bool(getattr(module, "gradient_checkpointing", False))
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank, difference
 from rankwise.errors import UnsupportedAdapter
-from rankwise.layers.kinds import Kind, parameter_owners
+from rankwise.foldable import parameter_owners
+from rankwise.layers.kinds import Kind
 from rankwise.layers.quantised import is_quantised
 from rankwise.shapes import Float
 from rankwise.sites import base_modules

@@ -38,7 +38,7 @@ from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import forbid_repacking, is_quantised
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of, keys_under
-from rankwise.placement import check_in_memory
+from rankwise.placement import check_differentiable, check_in_memory
 from rankwise.planning import target_layers, whole_modules
 from rankwise.sites import Site, base_modules
 from rankwise.spec import LoRA
@@ -113,6 +113,7 @@ def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
         return extract(adapted.root, spec, changes, whole)
 
 
+@torch.inference_mode(False)  # or what is made here could never be trained
 def load(
     model: nn.Module,
     directory: str | Path,
@@ -141,6 +142,7 @@ def load(
     check_new_name(model, name)
     if trainable:
         forbid_repacking(model)
+        check_differentiable(model)
     root, folder = base_root(model), Path(directory)
     adapter = settled(folder, FILES, lambda: _read(root, folder))
     _check_allowed(adapter.whole, modules_to_save, folder / TENSORS)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rankwise.adapter import Adapter
 from rankwise.errors import BaseMismatch, ShapeMismatch
+from rankwise.foldable import parameter_owners
 from rankwise.format.names import is_embedding
-from rankwise.layers.kinds import parameter_owners
 from rankwise.patterns import keys_under
 from rankwise.sites import base_modules
 

@@ -15,7 +15,7 @@ from rankwise.algebra.precision import at_least_fp32, fp32_or_finer
 from rankwise.errors import EvidenceError, TargetError
 from rankwise.in_place import is_transformed, writable
 from rankwise.layers.increments import Dense, Increment, Outer
-from rankwise.layers.low_rank_product import add_low_rank, as_rows
+from rankwise.layers.low_rank_product import add_low_rank, as_rows, plain_sum
 from rankwise.layers.quantised import dequantised
 from rankwise.shapes import Float, Shaped
 
@@ -93,8 +93,9 @@ class _MatmulKind(Kind):
     """Layers that compute x Wᵀ + b on the last axis."""
 
     def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
-        y = y if is_transformed() else writable(layer, y)
-        return add_low_rank(y, x, A, B, scale, dropout)
+        if y.is_nested or is_transformed():
+            return plain_sum(y, x, A, B, scale, dropout)
+        return add_low_rank(writable(layer, y), x, A, B, scale, dropout)
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
         dtype = fp32_or_finer(grad_y.dtype)
@@ -270,12 +271,3 @@ def kind_or_none(layer: nn.Module) -> Kind | None:
 def base_matrix(layer: Any) -> Float[Tensor, "out in"]:
     """The layer's weight as one matrix [out, in], dequantised, in fp32 or finer (a view where it already is)."""
     return at_least_fp32(kind_of(layer).weight(layer))
-
-
-def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Id of each parameter → its names, one for each module that owns it; more than one where modules share it."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():  # a module that stands in two places is one owner
-        for name, parameter in module._parameters.items():
-            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    return owners

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankwise.in_place import is_transformed
 from rankwise.shapes import Float
 
 
@@ -25,18 +24,21 @@ def add_low_rank(
     scale: float,
     dropout: float = 0.0,
 ) -> Float[Tensor, "*batch out"]:
-    """y + scale · dropout(x) Aᵀ Bᵀ, written into y but where :func:`rankwise.in_place.is_transformed`.
+    """y + scale · dropout(x) Aᵀ Bᵀ, written into y.
 
     Args:
         y: what the frozen layer returned, if it is :func:`rankwise.in_place.writable`; its dtype is the compute type.
         dropout: probability of dropping an element of x; 0 outside training.
     """
-    if is_transformed():
-        h = F.linear(F.dropout(x.to(y.dtype), dropout), A.to(y.dtype))
-        return y + scale * F.linear(h, B.to(y.dtype))
     if not torch.is_grad_enabled():
         return _add(y, _down(x, A, y.dtype, dropout, _draw_seed(dropout)), B, _gain(scale, dropout))
     return _AddLowRank.apply(y, x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def plain_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+    """The same by plain operators on tensors of any kind, nested ones too."""
+    h = F.linear(F.dropout(x.to(y.dtype), dropout), A.to(y.dtype))
+    return y + F.linear(h, B.to(y.dtype)) * scale
 
 
 def as_rows(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "rows n"]:
@@ -91,7 +93,7 @@ class _AddLowRank(torch.autograd.Function):
         out = _add(y, h, B, gain)
         if out is y:
             ctx.mark_dirty(y)
-        ctx.save_for_backward(x, h, A, B)
+        ctx.save_for_backward(x.clone() if x.is_inference() else x, h, A, B)
         ctx.constants = gain, dropout, seed
         return out
 

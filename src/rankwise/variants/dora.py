@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.algebra.low_rank import LowRank
@@ -113,6 +114,8 @@ def stretch(v: Tensor, d: Float[Tensor, " out"], bias: Tensor | None, axis: int,
     """
     shape = (-1, *(1,) * (-1 - axis))
     factor = d.to(v.dtype).view(shape)
+    if v.is_nested:  # whose products with matrices are all that every kind of them has
+        return v + F.linear(v, torch.diag(d).to(v.dtype), None if bias is None else (-d * bias).to(v.dtype))
     if is_transformed() or (bias is not None and bias.requires_grad):
         return v + factor * (v if bias is None else v - bias.to(v.dtype).view(shape))
     z = v - bias.to(v.dtype).view(shape) if bias is not None else None if invertible else v.clone()
