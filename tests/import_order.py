@@ -9,7 +9,7 @@ from pathlib import Path
 LAYERS = (
     ("errors", "shapes"),
     ("json_object", "automaton", "methods"),
-    ("tensor_header", "disk"),
+    ("tensor_header", "disk", "sites"),
     (
         "files",
         "patterns",
@@ -17,7 +17,6 @@ LAYERS = (
         "in_place",
         "placement",
         "weight_reads",
-        "sites",
         "text_table",
         "tuning",
         "algebra",

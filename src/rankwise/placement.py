@@ -1,11 +1,14 @@
 """Tensors that cannot be worked with where they are: offloaded, on the meta device, made in inference mode, nested."""
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.sites import base_modules
 
 
 def check_in_memory(module: Any, path: str = "") -> None:
@@ -17,7 +20,7 @@ def check_in_memory(module: Any, path: str = "") -> None:
     Raises:
         AttachError: a parameter or buffer is on the meta device.
     """
-    for name, tensor in chain(module.named_parameters(path), module.named_buffers(path)):
+    for name, tensor in _base_tensors(module, path):
         if tensor.is_meta:
             raise AttachError(
                 f"{name}: expected a tensor in memory, found one on the meta device: the model was offloaded "
@@ -33,12 +36,20 @@ def check_differentiable(module: Any) -> None:
     Raises:
         AttachError: a parameter or buffer was made under ``torch.inference_mode()``.
     """
-    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+    for name, tensor in _base_tensors(module):
         if tensor.is_inference():
             raise AttachError(
                 f"{name}: expected a tensor that gradients can pass, found one made under torch.inference_mode(); "
                 f"load the model outside of it, or load the adapter with trainable=False"
             )
+
+
+def _base_tensors(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Name → parameter or buffer, but for those of adapters, of which there may be thousands."""
+    for inside, part in base_modules(module).items():
+        for name, tensor in chain(part._parameters.items(), part._buffers.items()):
+            if tensor is not None:
+                yield ".".join(filter(None, (path, inside, name))), tensor
 
 
 def check_nested(module: Any, path: str, y: Any) -> None:
