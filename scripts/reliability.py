@@ -352,6 +352,7 @@ FAULTS: tuple[Fault, ...] = (
         (f"{_LEFT_OUT}::test_an_ordinary_classifier_takes_the_default",
          f"{_LEFT_OUT}::test_an_adapted_classifier_with_its_head_is_the_merged_one",
          f"{_LEFT_OUT}::test_only_heads_are_left_out", f"{_LEFT_OUT}::test_fused_experts_are_said",
+         f"{_LEFT_OUT}::test_the_run_says_so_before_it_begins",
          f"{_LEFT_OUT}::test_attention_that_keeps_its_projections_in_one_tensor_is_said"),
     ),
     Fault(

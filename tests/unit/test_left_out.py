@@ -1,10 +1,13 @@
 """What "all-linear" leaves out: a classifier's new head, and weights that belong to no layer; it says so."""
 
+import io
 import logging
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -23,6 +26,9 @@ from zoo import left_as_it_was
 
 import rankwise as rw
 from rankwise.errors import SpecError
+from rankwise.train.recipe import Recipe
+from rankwise.train.run.loading import show_plan
+from rankwise.train.tasks.base import Loaded
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 
@@ -131,6 +137,15 @@ def test_fused_experts_are_said(caplog: pytest.LogCaptureFixture) -> None:
         rw.attach(model, rw.LoRA(rank=2))
     assert "left out of all-linear: 2 × model.layers.*.mlp.experts.down_proj" in caplog.text
     assert not rw.plan(model, rw.LoRA(rank=2, target_modules=["q_proj"])).left_out
+
+
+def test_the_run_says_so_before_it_begins() -> None:
+    sites, console = rw.plan(mlp(), rw.LoRA()), Console(record=True, width=200, file=io.StringIO())
+    recipe = create_autospec(Recipe, instance=True, optimizer="adamw", learning_rate="auto")
+    loaded = create_autospec(Loaded, instance=True, sites=sites, recipe=recipe)
+    loaded.spec = rw.LoRA()
+    show_plan(loaded, console)
+    assert "Left out: 2 (2 × 64), a head; to train it whole: modules_to_save=['2']" in console.export_text()
 
 
 def test_attention_that_keeps_its_projections_in_one_tensor_is_said() -> None:
