@@ -12,10 +12,11 @@ from rich.progress import track
 
 import rankwise as rw
 from rankwise.adapter import Adapter
-from rankwise.errors import BrokenFile, RecipeError
+from rankwise.errors import CheckpointError, RecipeError
 from rankwise.files import read_json, sha256
 from rankwise.format.names import TENSORS
 from rankwise.format.peft import read_adapter
+from rankwise.report.history import points
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Report
 from rankwise.train.model.generation import before_and_after, refuse_classifier
@@ -109,7 +110,9 @@ def _logged(directory: Path) -> list[dict[str, Any]]:
         report = read_json(path)
         (part,), (rows,) = report["adapters"], report["runs"].values()
         ours = part["files"][TENSORS] == sha256(directory / TENSORS)
-    except (BrokenFile, KeyError, TypeError, ValueError, AttributeError):
+        for key in ("loss", "eval_loss"):
+            points(rows, key)
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return []  # another program's, or none
     return list(rows) if ours else []
 
