@@ -69,6 +69,7 @@ def test_an_optimizer_whose_name_is_none():
 SOUND = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0, "epoch": 1}]
 ROWS: list[Any] = [
     [5], [[]], {"a": 1}, "text", None, [{"step": "x", "loss": 1}], [{"step": None, "loss": 1}], [{"loss": 1}],
+    [{"step": float("inf"), "loss": 1}],
     [{"step": 1, "loss": "x"}], [{"step": 1, "eval_loss": [1]}],
 ]  # fmt: skip
 

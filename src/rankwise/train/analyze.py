@@ -110,11 +110,12 @@ def _logged(directory: Path) -> list[dict[str, Any]]:
         report = read_json(path)
         (part,), (rows,) = report["adapters"], report["runs"].values()
         ours = part["files"][TENSORS] == sha256(directory / TENSORS)
+        logged = [{**row} for row in rows]  # mappings all
         for key in ("loss", "eval_loss"):
-            points(rows, key)
-    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+            points(logged, key)
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return []  # another program's, or none
-    return list(rows) if ours else []
+    return logged if ours and isinstance(rows, list) else []
 
 
 def _watch(name: str, console: Console) -> Any:
