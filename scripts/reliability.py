@@ -456,6 +456,14 @@ FAULTS: tuple[Fault, ...] = (
          f"{_CONVOLUTIONS}::test_what_peft_trained_on_such_a_layer_is_no_change_of_its_weight"),
     ),
     Fault(
+        "Names that no file can have, bytes that are no text, a record beside an adapter that is none",
+        "Refused where it is typed; the record is left aside.",
+        ("unit/test_hostile_arguments.py::test_a_path_that_no_file_can_have",
+         "unit/test_hostile_arguments.py::test_a_prompt_that_is_no_text",
+         "unit/test_hostile_arguments.py::"
+         "test_a_record_of_a_run_beside_an_adapter_is_read_only_where_it_is_one"),
+    ),
+    Fault(
         "A file of a hundred gigabytes, most of it holes",
         "`inspect` says its size; it is neither hashed nor read, and engines are not judged by what was not read.",
         ("unit/test_inspection.py::test_files_of_a_hundred_gigabytes_that_take_no_room",

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,12 +17,27 @@ from rankwise.tensor_header import TensorEntry, read_header
 T = TypeVar("T")
 
 
+_STRAY = re.compile("[\0\ud800-\udfff]")  # the second: halves of surrogate pairs, for bytes that are no UTF-8
+_PATH_LIMIT, _NAME_LIMIT = 4000, 255
+
+
+def is_text(value: Any) -> bool:
+    """Whether all that a value holds can be written to files and be a file's name."""
+    if isinstance(value, Mapping):
+        return all(is_text(part) for pair in value.items() for part in pair)
+    return (
+        all(map(is_text, value)) if isinstance(value, list) else not (isinstance(value, str) and _STRAY.search(value))
+    )
+
+
 def expand_user(path: str) -> str:
     """A path in which ``~`` or ``~name`` at the beginning is that user's home.
 
     Raises:
-        ValueError: there is no such user.
+        ValueError: there is no such user, or no file can have that name and be written of.
     """
+    if _STRAY.search(path) or len(path) > _PATH_LIMIT or max(map(len, path.encode().split(b"/"))) > _NAME_LIMIT:
+        raise ValueError(f"a path in UTF-8 of names with at most {_NAME_LIMIT} bytes")
     if not path.startswith("~"):
         return path
     try:

@@ -61,6 +61,15 @@ COMMANDS: dict[str, tuple[Callable[[Path], list[str]] | None, Callable[[Path], l
         lambda at: [str(at / "adapter"), f"--base={at / 'base'}", f"--out={at / 'merged'}"],
         lambda at: [str(at / "adapter"), f"--out={at / 'merged'}"],  # the base that it names is none
     ),
+    "squeeze": (
+        lambda at: [str(at / "adapter"), f"--out={at / 'squeezed'}", "--rank=1"],
+        lambda at: [str(at / "none"), f"--out={at / 'squeezed'}", "--rank=1"],
+    ),
+    "combine": (
+        lambda at: [str(at / "adapter"), str(at / "adapter"), f"--out={at / 'combined'}"],
+        lambda at: [str(at / "adapter"), f"--method={HOSTILE}", f"--out={at / 'combined'}"],
+    ),
+    "extract": (None, lambda at: [str(at / "none"), str(at / "base"), f"--out={at / 'extracted'}", "--rank=1"]),
     "inspect": (lambda at: [str(at / "adapter")], lambda at: [str(at / "none")]),
     "generate": (
         lambda at: [str(at / "adapter"), f"--base={at / 'base'}", f"--prompt={HOSTILE}", "--max-new-tokens=2"],

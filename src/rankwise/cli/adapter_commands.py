@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rankwise.cli.app import Adapter, Adapters, Base, place, terminal, uncollected
+from rankwise.cli.app import Adapter, Adapters, Base, place, terminal, text_of, uncollected
 from rankwise.files import expand_user
 
 
@@ -112,7 +112,7 @@ def inspect(
 
 def generate(
     adapter: Adapter,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(parser=text_of, metavar="TEXT", help="Text to continue.")],
     base: Base = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the model's chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
@@ -142,7 +142,10 @@ def analyze(
         ),
     ] = None,
     batch_count: Annotated[int, typer.Option(min=1, help="Batches of it: 4 samples of 128 tokens each.")] = 8,
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue with and without each adapter.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(parser=text_of, metavar="TEXT", help="Text to continue with and without each adapter."),
+    ] = None,
     intruders: Annotated[
         bool, typer.Option("--intruders", help="Count intruder dimensions: an eigendecomposition of every weight.")
     ] = False,

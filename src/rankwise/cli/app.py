@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from rankwise import __version__
 from rankwise.cli.terminal import Terminal, check_stderr, error_terminal
 from rankwise.errors import RankwiseError, RunStopped
-from rankwise.files import expand_user
+from rankwise.files import expand_user, is_text
 
 _STOPPED = 128 + 15  # what a shell reports for SIGTERM
 
@@ -60,9 +60,20 @@ app = typer.Typer(
 )
 
 
-def path_of(text: str) -> Path:
-    """A path as it is typed."""
-    return Path(expand_user(text))
+def text_of(text: str) -> str:
+    """What is typed, in letters.
+
+    Raises:
+        ValueError: it has bytes that stand for none.
+    """
+    if not is_text(text):
+        raise ValueError("text in UTF-8")
+    return text
+
+
+def path_of(text: str | Path) -> Path:
+    """A path as it is typed, or an option's default."""
+    return Path(expand_user(str(text)))
 
 
 RecipeFile = Annotated[

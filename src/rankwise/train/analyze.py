@@ -12,10 +12,11 @@ from rich.progress import track
 
 import rankwise as rw
 from rankwise.adapter import Adapter
-from rankwise.errors import BrokenFile, RecipeError
+from rankwise.errors import CheckpointError, RecipeError
 from rankwise.files import read_json, sha256
 from rankwise.format.names import TENSORS
 from rankwise.format.peft import read_adapter
+from rankwise.report.history import points
 from rankwise.report.measure import measure, similarities
 from rankwise.report.page import Report
 from rankwise.train.model.generation import before_and_after, refuse_classifier
@@ -109,9 +110,12 @@ def _logged(directory: Path) -> list[dict[str, Any]]:
         report = read_json(path)
         (part,), (rows,) = report["adapters"], report["runs"].values()
         ours = part["files"][TENSORS] == sha256(directory / TENSORS)
-    except (BrokenFile, KeyError, TypeError, ValueError, AttributeError):
+        logged = [{**row} for row in rows]  # mappings all
+        for key in ("loss", "eval_loss"):
+            points(logged, key)
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return []  # another program's, or none
-    return list(rows) if ours else []
+    return logged if ours and isinstance(rows, list) else []
 
 
 def _watch(name: str, console: Console) -> Any:

@@ -8,7 +8,6 @@ PEFT, because those are what users have in their fingers; the adapter's fields a
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import reduce
@@ -21,7 +20,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
 from rankwise.errors import RecipeError, SpecError
-from rankwise.files import expand_user
+from rankwise.files import expand_user, is_text
 from rankwise.methods import row
 from rankwise.optim import OPTIMIZERS
 from rankwise.spec import METHOD_FIELDS, LoRA, checked, plain_fields
@@ -35,17 +34,6 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Rate = Annotated[float, Field(gt=0)]
 
 
-def _is_text(value: Any) -> bool:
-    """Whether all that a value holds can be written to files and be a file's name."""
-    if isinstance(value, Mapping):
-        return all(_is_text(part) for pair in value.items() for part in pair)
-    return (
-        all(map(_is_text, value)) if isinstance(value, list) else not (isinstance(value, str) and _STRAY.search(value))
-    )
-
-
-_STRAY = re.compile("[\0\ud800-\udfff]")  # the second: halves of surrogate pairs
-
 UserPath = Annotated[str, AfterValidator(expand_user)]  # a path, or a name that stands for something built in
 
 
@@ -57,7 +45,7 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _text(cls, value: Any) -> Any:
-        if not _is_text(value):
+        if not is_text(value):
             raise ValueError("text in UTF-8 without zero bytes")
         return value
 
@@ -192,7 +180,7 @@ def _own_learning_rate(fields: Mapping[str, Any]) -> float:
     """The optimizer's. One that no table has is refused later, whatever its rate."""
     optimizer: Method = fields["optimizer"]
     name = optimizer if isinstance(optimizer, str) else optimizer.get("name")
-    return OPTIMIZERS[name if name in OPTIMIZERS else "adamw"].learning_rate
+    return OPTIMIZERS[name if isinstance(name, str) and name in OPTIMIZERS else "adamw"].learning_rate
 
 
 class TrainingFields(_Section):
@@ -338,6 +326,8 @@ def flag_value(name: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
+        if name in ("data", "eval_data") and not text.startswith("["):
+            return text  # a file's name
         flag = "--" + name.replace("_", "-")
         raise RecipeError(f"{flag}: expected a YAML value, found {text!r} ({_first_line(error)}).") from None
 

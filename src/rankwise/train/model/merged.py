@@ -72,8 +72,9 @@ def _check_size(max_shard_size: str) -> None:
 
 
 def _check_new(out: Path, *read: Path | str | None) -> None:
+    check_directory_name(out)
     for source in read:
-        if source is not None and out.resolve().is_relative_to(Path(source).resolve()) and Path(source).exists():
+        if source is not None and Path(source).exists() and out.resolve().is_relative_to(Path(source).resolve()):
             raise MergeError(
                 f"{out}: lies in {source}, which is read; expected another directory for the merged model."
             )
@@ -81,7 +82,6 @@ def _check_new(out: Path, *read: Path | str | None) -> None:
         raise MergeError(f"{out}: expected a new or empty directory for the merged model, found files. Choose another.")
     if out.is_mount():
         raise MergeError(f"{out}: is a mount point, which no new directory can replace. Name a directory in it.")
-    check_directory_name(out)
 
 
 @torch.no_grad()
