@@ -427,4 +427,6 @@ def test_the_table_names_what_diverged_and_shows_accuracy(arms, monkeypatch):
     assert by_arm["worse"]["test"] == "diverged"
     assert by_arm["LoRA"]["accuracy"] == "85.5% ± 0.7%"
     assert by_arm["LoRA"]["gap to full closed"] == "–"  # all equal: no gap
+    beside = {arm: row["beside LoRA"] for arm, row in by_arm.items()}
+    assert beside == {"LoRA": "–", "spectral": "+0.0000 ± 0.0000", "full": "+0.0000 ± 0.0000", "worse": "diverged"}
     assert by_arm["LoRA"]["parameters"] == "100"

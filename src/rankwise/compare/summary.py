@@ -35,6 +35,7 @@ class Row:
 
     Attributes:
         rate: the best; None: none was tried.
+        difference: of the test loss from the first arm's, seed by seed.
         gap_closed: share of the way from the first arm's test loss to full fine-tuning's; None where there is no gap.
         steps, seconds: of the shortest schedule that reached the first arm's validation loss, as shares of its own;
             None where none did or it was not looked for.
@@ -47,6 +48,7 @@ class Row:
     seeds: int
     validation: Spread | None
     test: Spread | None
+    difference: Spread | None
     accuracy: Spread | None
     gap_closed: float | None
     steps: float | None
@@ -75,6 +77,7 @@ def _row(outcome: Outcome, baseline: Outcome, full: Outcome | None) -> Row:
         len(trials),
         Spread.of(trial.validation.loss for trial in trials),
         Spread.of(trial.test.loss for trial in trials),
+        difference(_test_losses(outcome), _test_losses(baseline)),
         Spread.of(trial.test.accuracy for trial in trials if trial.test.accuracy is not None),
         gap,
         steps,
@@ -85,6 +88,16 @@ def _row(outcome: Outcome, baseline: Outcome, full: Outcome | None) -> Row:
 
 def _test_losses(outcome: Outcome) -> dict[int, float]:
     return {seed: trial.test.loss for seed, trial in outcome.seeds.items()}
+
+
+def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Spread | None:
+    """arm − baseline over the seeds that both have: what a seed does to both alike is not in its spread.
+
+    >>> spread = difference({0: 1.5, 1: 1.75, 2: 9.0}, {0: 1.25, 1: 1.5})
+    >>> spread.mean, spread.deviation
+    (0.25, 0.0)
+    """
+    return Spread.of(arm[seed] - baseline[seed] for seed in arm if seed in baseline)
 
 
 def gap_closed(arm: Mapping[int, float], baseline: Mapping[int, float], full: Mapping[int, float]) -> float | None:
