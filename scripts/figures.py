@@ -350,12 +350,40 @@ def combine() -> str:
     )
 
 
+# Arm of a comparison → the same in the wind tunnel; the heading of each comparison that was run to its end.
+ARMS = {
+    "LoRA": ("lora", 4),
+    "LoRA-GA": ("lora-ga", 4),
+    "spectral": ("spectral", 4),
+    "full, AdamW": ("full-adamw", 0),
+    "LoRA, betas .8, .99": ("lora, betas 0.8 0.99", 4),
+    "full, AdamW, betas .8, .99": ("full-adamw, betas 0.8 0.99", 0),
+    "full, Muon, momentum .8": ("full-muon, momentum 0.8", 0),
+}
+COMPARISONS = {"kjv": "SmolLM2-135M, King James, rank 8, 32 steps of 2"}
+
+
+def outcome() -> str:
+    """Test losses of every arm at its best rate, task by task."""
+    runs = result("wind_tunnel")["runs"]
+    tasks = [{row["arm"]: row["test"] for row in result(f"compare_{name}")["summary"]} for name in COMPARISONS]
+    rows = []
+    for arm, (method, rank) in ARMS.items():
+        same = [run for run in runs if (run["method"], run["rank"], run["steps"]) == (method, rank, 80)]
+        rate = min((run for run in same if run["seed"] == 0), key=lambda run: run["validation"])["rate"]
+        tests = [run["test"] for run in same if run["rate"] == rate]
+        losses = [f"{task[arm]['mean']:.3f} ± {task[arm]['deviation']:.3f}" if arm in task else "" for task in tasks]
+        rows.append([arm, f"{fmean(tests):.3f} ± {stdev(tests):.3f}", *losses])
+    head = ["test loss, best rate of each, 3 seeds", "byte model, Bible → Python, rank 4, 80 steps of 8"]
+    return table([*head, *COMPARISONS.values()], rows)
+
+
 def measured() -> str:
     return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
 
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"methods": methods, "measured": measured},
+    "README.md": {"methods": methods, "measured": measured, "outcome": outcome},
     "docs/examples.md": {"classification": classification},
     "docs/studies.md": {
         "weight-types": lambda: arms("weight_types"),
