@@ -33,7 +33,7 @@ from rankwise.errors import CheckpointError
 from rankwise.train import recipe as recipes
 from rankwise.train.run import run
 from rankwise.train.trainer import checkpoints
-from rankwise.train.trainer.trainer import AdapterTrainer
+from rankwise.train.trainer.trainer import RESULTS, AdapterTrainer
 
 SILENT = Console(quiet=True)
 STEPS = 8
@@ -163,7 +163,8 @@ def kill_at_random(work: Work, kills: int, rng: random.Random) -> dict[str, Any]
         newest, seen = 0, set[str]()
         for _ in range(min(KILLS_OF_A_RUN, kills - done)):
             delay = rng.uniform(0, 0.6 * work.seconds[name])
-            if not killed_after(forked(lambda name=name, folder=folder: work.train(name, folder)), delay):
+            killed = killed_after(forked(lambda name=name, folder=folder: work.train(name, folder)), delay)
+            if not killed or (folder / RESULTS).exists():  # killed on its way out: that run is through
                 break
             done += 1
             left = work.check(name, folder)
