@@ -1,9 +1,10 @@
 """Which weights operators multiply with, whoever calls them: watched by a mode of torch's dispatcher."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,8 @@ _PRODUCTS = {
 class WeightReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which layers' weights are read by a product, until :meth:`ended`.
 
-    A weight is known by its address, so that views of it count; one that several parameters share is not watched.
+    A weight is known by its address, so that views of it count; one that several parameters share is not watched. What
+    is made of a weight number by number, such as a copy of it in another type or several weights as one, counts too.
 
     Attributes:
         supports_higher_order_operators: torch asks for it where attention or a branch is one operator.
@@ -33,7 +35,8 @@ class WeightReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         owners = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
         addresses = {path: layer.weight.data_ptr() for path, layer in layers.items() if type(layer.weight) in _PLAIN}
-        self._paths = {address: path for path, address in addresses.items() if owners[address] == 1 and address}
+        self._paths = {address: {path} for path, address in addresses.items() if owners[address] == 1 and address}
+        self._made: list[Tensor] = []
         self._model = model
         self.read: set[str] = set()
 
@@ -47,11 +50,23 @@ class WeightReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        weights = {arg for arg in tree_leaves(args) if self._is_watched(arg)}
+        result = func(*args, **(kwargs or {}))
         if func.__name__.partition(".")[0] in _PRODUCTS:
-            for arg in tree_leaves(args):
-                if type(arg) in _PLAIN and arg.data_ptr() in self._paths:
-                    self.read.add(self._paths[arg.data_ptr()])
-        return func(*args, **(kwargs or {}))
+            self.read.update(path for weight in weights for path in self._paths[weight.data_ptr()])
+        elif weights:
+            self._follow(result, weights)
+        return result
+
+    def _is_watched(self, arg: Any) -> bool:
+        return type(arg) in _PLAIN and arg.layout is torch.strided and arg.data_ptr() in self._paths
+
+    def _follow(self, result: Any, weights: Collection[Tensor]) -> None:
+        """Watch a result that may hold a number for each of a weight's; a sum or a norm of them holds fewer."""
+        if type(result) in _PLAIN and result.numel() >= max(weight.numel() for weight in weights):
+            paths = {path for weight in weights for path in self._paths[weight.data_ptr()]}
+            self._paths.setdefault(result.data_ptr(), paths)
+            self._made.append(result)  # or its address could become another's
 
     @staticmethod
     def ended(model: nn.Module) -> "WeightReads | None":

@@ -153,6 +153,18 @@ def test_a_copy_that_was_tied_away_can_be_put_back(tmp_path: Path):
     assert (outputs(rw.load(tied(), tmp_path)) - expected).abs().max() <= 1e-5
 
 
+def test_a_head_that_was_tied_to_a_trained_copy_is_saved_with_it(tmp_path: Path):
+    """As ``tie_weights`` does, which much calls: the model then uses the copy in both places."""
+    model = rw.attach(tied(), rw.LoRA(rank=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    perturb(model, 0.1)
+    model.tie_weights()
+    expected = outputs(model)
+    rw.save(model, tmp_path)
+    assert not inspect(tmp_path).problems
+    assert (outputs(rw.load(tied(), tmp_path)) - expected).abs().max() <= 1e-5
+    assert (outputs(PeftModel.from_pretrained(tied(), str(tmp_path))) - expected).abs().max() <= 1e-5
+
+
 def test_trained_copies_follow_a_resized_vocabulary(tmp_path: Path):
     """transformers resizes an embedding in place; the copy is what is there."""
     model = rw.attach(tied(), rw.LoRA(rank=2, target_modules=["q_proj"], modules_to_save=BOTH))

@@ -162,6 +162,11 @@ BAD_FILES = {
         b'{"messages": [{"role": "assistant", "content": "a"}], "images": ["x.png"]}',
         r"images: found \['x.png'\], which has no place in the messages form",
     ),
+    "pictures beside a text": (b'{"text": "a", "images": ["x.png"]}', "which has no place in the text form"),
+    "a weight that is neither 0 nor 1": (
+        b'{"messages": [{"role": "assistant", "content": "a", "weight": "0"}]}',
+        r"messages\[0\]\.weight: expected 0, not to be learnt, or 1, found str",
+    ),
     "tools beside a text prompt": (
         b'{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}',
         r"tools: found .*which needs a prompt that is a list of messages",

@@ -260,6 +260,17 @@ def test_a_saved_data_set_that_is_cut_is_named(tmp_path: Path) -> None:
         load_data(recipe(str(tmp_path / "saved")))
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "null", "3", '{"features": 3}', '{"_data_files": [{"filename": 3}]}'])
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+def test_a_saved_data_set_with_other_json_is_named(name: str, content: str, tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / name).write_text(content)
+    try:
+        assert list(load_data(recipe(str(tmp_path / "saved"))).train["prompt"]) == TEXTS  # what it says is not needed
+    except DataError as error:
+        assert "saved: expected a directory that datasets' save_to_disk wrote" in str(error)
+
+
 def test_pictures_are_refused_and_not_decoded(tmp_path: Path) -> None:
     features = Features({"prompt": Value("string"), "completion": Value("string"), "image": Image()})
     row = {"prompt": "a", "completion": "b", "image": {"bytes": b"no picture", "path": None}}

@@ -53,7 +53,14 @@ def in_memory(model: nn.Module, folder: Path) -> Any:
     return cpu_offload(model, execution_device=torch.device("cpu"))
 
 
-OFFLOAD = pytest.mark.parametrize("offload", [in_memory, on_disk])
+def dispatched(model: nn.Module, folder: Path) -> Any:
+    """In part on disk, as ``device_map`` does it where the model does not fit."""
+    places = {"model.embed_tokens": "disk", "model.layers": "disk", "lm_head": "disk", "model.norm": "cpu"}
+    places |= {"model.rotary_emb": "cpu"}
+    return dispatch_model(model, places, offload_dir=str(folder / "weights"))
+
+
+OFFLOAD = pytest.mark.parametrize("offload", [in_memory, on_disk, dispatched])
 
 
 @OFFLOAD

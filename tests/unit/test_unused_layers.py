@@ -97,6 +97,11 @@ LINEAR_USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "cast": lambda layer, x: F.linear(x.bfloat16(), layer.weight.bfloat16()),
     "data": lambda layer, x: F.linear(x, layer.weight.data),
     "half of it": lambda layer, x: F.linear(x, layer.weight[:3]),
+    "a copy": lambda layer, x: F.linear(x, layer.weight.detach().clone()),
+    "scaled": lambda layer, x: F.linear(x, 2 * layer.weight),
+    "normed": lambda layer, x: F.linear(x, F.normalize(layer.weight)),
+    "several as one": lambda layer, x: F.linear(x, torch.cat([layer.weight, x.new_ones(2, 6)])),
+    "a stack": lambda layer, x: torch.stack([layer.weight, layer.weight]) @ x.T,
 }
 
 
@@ -108,6 +113,25 @@ def test_every_use_past_the_layer_is_named(use: str, mode: Callable[[], Any]) ->
         with mode(), pytest.raises(SiteNeverFired, match=r"^past: a forward of the model went past this layer"):
             model(X)
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+PENALTIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "nothing": lambda layer, x: x + 0.0 * layer.weight.sum(),
+    "nothing, elementwise": lambda layer, x: x + (0.0 * layer.weight).sum(),
+    "a norm": lambda layer, x: x + layer.weight.square().mean(),
+    "a norm of many": lambda layer, x: x + torch.cat([layer.weight.flatten(), layer.bias]).norm(),
+}
+
+
+@pytest.mark.parametrize("use", PENALTIES)
+def test_a_weight_in_a_penalty_is_not_used(use: str) -> None:
+    model = adapted(nn.Sequential(Past(nn.Linear(6, 6), PENALTIES[use]), nn.Linear(6, 6)))
+    assert model(X).shape == X.shape
+
+
+def test_a_sparse_product() -> None:
+    model = adapted(Past(nn.Linear(6, 6), lambda layer, x: torch.sparse.mm(torch.eye(4).to_sparse(), x)))
+    assert model(X).shape == X.shape
 
 
 def test_convolutions_and_embeddings() -> None:

@@ -42,8 +42,6 @@ class Slot(nn.Module):
         else:
             if not self.fired:
                 self.fired = True
-            if "forward" in vars(layer):  # as accelerate's offloading has it
-                check_in_memory(self, self.site_name)
             if y.is_nested:
                 check_nested(self, self.site_name, y)
         if self.enabled:
@@ -101,6 +99,9 @@ def slot_on(layer: nn.Module, site_name: str) -> Slot:
 def _add_adapters(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     """The forward hook. A function of the module, so that it survives deepcopy and pickle."""
     slot: Any = layer._modules[SLOT]
+    # Before the slot's call, which accelerate intercepts where it offloads: it would move the layer too.
+    if "forward" in vars(layer) and not torch.compiler.is_compiling():
+        check_in_memory(slot, slot.site_name)
     x = args[0] if args else next(iter(kwargs.values()))  # "input", or "x" for a Conv1D
     return slot(layer, x, output)  # type: ignore[no-any-return]
 

@@ -16,10 +16,11 @@ from rankwise.patterns import keys_under
 from rankwise.sites import SLOT, WHOLE, base_modules
 
 
-def resized_layers(adapted: Adapted, name: str) -> list[str]:
-    """Paths of the base's layers that have another size than before the first attach: a vocabulary that has grown.
+def changed_layers(adapted: Adapted, name: str) -> list[str]:
+    """Paths of the base's layers that are no longer what its own files hold, and so belong to what is saved.
 
-    What is in the new rows is in no file yet, so it belongs to what is saved. Layers trained whole are left out.
+    They have another size than before the first attach (a vocabulary that has grown), or hold the trained copy of
+    another module (a head tied to it anew, by ``tie_weights``). Layers trained whole are left out.
 
     Raises:
         AttachError: what the named adapter holds for a layer is not what the model uses there.
@@ -30,7 +31,8 @@ def resized_layers(adapted: Adapted, name: str) -> list[str]:
         if name in whole.copies:
             _check_copy(whole, name, modules)
     saved_whole = set(keys_under(adapted.specs[name].modules_to_save, modules))
-    return [path for path in _resized(adapted, modules) if path not in saved_whole]
+    changed = dict.fromkeys([*_resized(adapted, modules), *_tied_to_copies(adapted, name, modules)])
+    return [path for path in changed if path not in saved_whole]
 
 
 def named_along(adapted: Adapted, name: str) -> list[str]:
@@ -49,6 +51,14 @@ def _resized(adapted: Adapted, modules: dict[str, nn.Module]) -> Iterator[str]:
     for path, shape in adapted.base_shapes.items():
         kind = kind_or_none(modules[path]) if path in modules else None
         if kind is not None and kind.shape(modules[path]) != shape:
+            yield path
+
+
+def _tied_to_copies(adapted: Adapted, name: str, modules: dict[str, nn.Module]) -> Iterator[str]:
+    wholes = {path: whole for path, whole in adapted.whole_modules.items() if name in whole.copies}
+    copies = {id(copy) for whole in wholes.values() for copy in whole.copies[name].parameters()}
+    for path, module in modules.items():
+        if path not in wholes and any(id(parameter) in copies for parameter in module._parameters.values()):
             yield path
 
 

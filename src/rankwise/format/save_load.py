@@ -25,7 +25,7 @@ from rankwise.errors import (
 from rankwise.files import read_json, settled
 from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own, relative_start, stated_fields
-from rankwise.format.in_use import named_along, resized_layers
+from rankwise.format.in_use import changed_layers, named_along
 from rankwise.format.names import CONFIG, FILES, TENSORS
 from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_pairs, write_adapter
@@ -78,13 +78,14 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
 def _saved_whole(adapted: Adapted, name: str) -> tuple[LoRA, dict[str, Tensor]]:
     """The spec of what is saved, and the tensors that are saved whole.
 
-    Those are the ones trained so, a resized vocabulary's, and those that PEFT would look for because of their names.
+    Those are the ones trained so, a resized vocabulary's, a head's that was tied to a trained one, and those that PEFT
+    would look for because of their names.
 
     Raises:
         AttachError: the model was changed, so that it does not use what would be saved.
     """
     spec = adapted.specs[name]
-    added = dict.fromkeys([*resized_layers(adapted, name), *named_along(adapted, name)])
+    added = dict.fromkeys([*changed_layers(adapted, name), *named_along(adapted, name)])
     whole = adapted.whole_tensors(name)
     for path in added:
         whole |= base_state(path, adapted.layer(path))

@@ -213,7 +213,8 @@ def _read_saved(path: Path, held_out: bool) -> Iterator[Placed]:
 
     try:
         saved = load_from_disk(str(path))
-    except (FileNotFoundError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, pyarrow.ArrowException) as error:
+        # What its JSON files hold is taken on trust there.
         raise DataError(
             f"{path}: expected a directory that datasets' save_to_disk wrote, found another: {error}. Give the files "
             "in it as a list."

@@ -94,7 +94,7 @@ FORMATS: dict[str, Format] = {
     ),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system", "history"), (*MEDIA, *_TEMPLATE)),
     "classification": Format(("text", "label"), _classification, ("text_pair",)),
-    "text": Format(("text",), _text, refused=()),  # it is all there is, whatever it was made of
+    "text": Format(("text",), _text),  # it is all there is, whatever messages and tools it was made of
 }
 
 

@@ -85,6 +85,8 @@ def _message(value: Any, place: str) -> Message:
     role = text_of(value["role"], f"{place}.role")
     message = value | {"role": _ROLES.get(role, role)}
     message["content"] = _content(value.get("content"), place, optional=bool(value.get("tool_calls")))
+    if value.get("weight") not in (None, 0, 1):
+        raise wrong_type(f"{place}.weight", "0, not to be learnt, or 1", value["weight"])
     if value.get("tool_calls"):
         message["tool_calls"] = _calls(value["tool_calls"], f"{place}.tool_calls")
     return message
