@@ -28,7 +28,10 @@ FIELDS = (
 )
 
 PLAIN: dict[str, Any] = {
-    **{"init": "kaiming", "scaling": "lora", "variant": "lora", "optimizer": "adamw"},
+    "init": "kaiming",
+    "scaling": "lora",
+    "variant": "lora",
+    "optimizer": "adamw",
     **dict.fromkeys(("restart_every", "restart_rank", "ship_rank")),
 }
 # rsLoRA's is the scale that LoRA-GA's stable start is made for.
