@@ -309,21 +309,31 @@ def learning_rates() -> str:
 def squeezing() -> str:
     """Test losses: the wide run at the same step, squeezed, and at the end; means over seeds."""
     content = result("squeezing")
-    groups: dict[tuple[int, int, bool], list[dict[str, Any]]] = {}
+    groups: dict[tuple[int, int, bool, bool], list[dict[str, Any]]] = {}
     for run in content["runs"]:
         for fork in run["shipped"]:
-            groups.setdefault((fork["rank"], fork["repair"], fork["weighted"]), []).append(fork)
+            key = fork["rank"], fork["repair"], fork["schedule"] == "own", fork["weighted"]
+            groups.setdefault(key, []).append(fork)
     rows = []
-    for (rank, repair, weighted), forks in sorted(groups.items(), key=lambda item: (-item[0][0], *item[0][1:])):
+    for (rank, repair, own, weighted), forks in sorted(groups.items(), key=lambda item: (-item[0][0], *item[0][1:])):
         tests = [[fork[when]["test"] for fork in forks] for when in ("wide", "squeezed", "repaired")]
         spread = f" ± {stdev(tests[-1]):.3f}" if len(forks) > 1 else ""
         error = f"{fmean(fork['error'] for fork in forks):.1%}"
         losses = [f"{fmean(values):.3f}" for values in tests]
-        rows.append(
-            [str(rank), str(repair), "outputs" if weighted else "weights", error, *losses[:2], losses[2] + spread]
-        )
+        rates = "" if repair == 0 else "from 0.8 × peak" if own else "tail"
+        lost_in = "outputs" if weighted else "weights"
+        rows.append([str(rank), str(repair), rates, lost_in, error, *losses[:2], losses[2] + spread])
     wide = [run["wide"]["test"] for run in content["runs"]]
-    head = ["rank", "steps after", "lost in", "error", "before", "squeezed", "at step 80, ± sd over seeds"]
+    head = [
+        "rank",
+        "steps after",
+        "their rates",
+        "lost in",
+        "error",
+        "before",
+        "squeezed",
+        "at step 80, ± sd over seeds",
+    ]
     said = f"Rank {content['rank']} itself ends at {fmean(wide):.3f}" + (
         f" ± {stdev(wide):.3f}" if len(wide) > 1 else ""
     )

@@ -99,13 +99,15 @@ def _build(table: Table, options: dict[str, Any], what: str) -> Any:
         default = getattr(defaults, key)
         if not (_alike(value, default) or value in _literals(kinds[key])):
             raise SpecError(f"{what} {name!r}: {key} must be of the kind of {default!r}, found {value!r}")
-    return cls(**options)
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
 
 
 def _alike(value: object, default: object) -> bool:
-    """Whether a plain value may stand where this default does: the same kind of number, or text."""
+    """Whether a plain value may stand where this default does: the same kind of number, as many of them, or text."""
     if isinstance(default, float):
         return type(value) in (int, float)
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and len(value) == len(default) and all(map(_alike, value, default))
     return not isinstance(default, int | str) or type(value) is type(default)
 
 

@@ -83,7 +83,7 @@ def _check_plain(adapter: Adapter) -> None:
         if site.extra:
             raise UnsupportedAdapter(
                 f"{path}: has {', '.join(site.extra)} beside its pair, whose fit to the pair squeezing would spoil; "
-                f"expected plain pairs, as the variants lora and adalora save them"
+                f"expected plain pairs, as the variants lora and adalora save them; combine it through its base first"
             )
 
 

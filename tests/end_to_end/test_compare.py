@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from rankwise.cli import app
 from rankwise.compare import runs as compare_runs
 from rankwise.compare.arms import Arm, arms_of
+from rankwise.compare.comparison import run_comparison
 from rankwise.compare.runs import Budget, Trials
 from rankwise.errors import RecipeError
 from rankwise.train import recipe as recipes
@@ -168,3 +169,21 @@ def test_full_fine_tuning_of_weights_in_16_bits_is_refused_before_any_run(recipe
     assert trained == []
     with pytest.raises(RecipeError, match="32 bits"):
         preparing.with_full_weights(recipe.model_copy(update={"dtype": "bfloat16"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"variant": "adalora", "ship_rank": 1}, "arm 'b': squeeze: expected the variant lora"),
+        ({"variant": "adalora", "restart_every": 1}, "arm 'b': restart: expected the variant"),
+        ({"restart_rank": 1}, "arm 'b': `restart_rank`"),
+        ({"variant": "bottleneck", "optimizer": "spectral"}, "arm 'b': `optimizer`: spectral"),
+        ({"optimizer": {"name": "polora", "betas": [2, 2]}}, "arm 'b': .*betas"),
+    ],
+)
+def test_an_arm_whose_method_does_not_go_together_is_refused_before_any_run(recipe, tmp_path, trained, changes, says):
+    arms = tmp_path / "arms.yaml"
+    arms.write_text(json.dumps({"a": {}, "b": changes}))
+    with pytest.raises(RecipeError, match=says):
+        run_comparison(recipe, tmp_path / "out", SILENT, arms_file=arms)
+    assert trained == []

@@ -178,7 +178,16 @@ def test_what_does_not_go_together_is_refused_before_the_model_is_loaded(make, c
         run.load(make(**changes, model="/nowhere"), SILENT)
 
 
-def test_more_repair_than_steps_is_refused(make):
-    said = re.escape("`ship_steps`: expected fewer than the run's 7 steps, whose last they are, found 7")
-    with pytest.raises(RecipeError, match=said):
-        run.train(make(ship_rank=2, ship_steps=7), SILENT)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ship_rank": 2, "ship_steps": 7}, "`ship_steps`: expected fewer than the run's 7 steps, whose last they are"),
+        ({"restart_every": 7}, "`restart_every`: expected fewer than the 7 steps"),
+        ({"restart_every": 5, "ship_rank": 2, "ship_steps": 2}, "`restart_every`: expected fewer than the 5 steps"),
+        ({"restart_every": 8, "max_steps": -1, "num_train_epochs": 1.0}, "expected fewer than the 8 steps"),
+    ],
+)
+def test_what_would_never_happen_in_so_few_steps_is_refused_before_the_start(make, changes, said):
+    loaded = run.load(make(**changes), SILENT)
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        run.check(loaded, SILENT)

@@ -243,7 +243,7 @@ def test_what_would_not_be_stepped_rightly_is_refused_by_name(name: str) -> None
         cls(pairs, lr=1e-3, weight_decay=float("nan"))
     with pytest.raises(SpecError, match="0: its trainable 'magnitude' is in no pair"):
         cls(rw.pairs(adapted(variant="dora")), lr=1e-3)
-    with pytest.raises(SpecError, match="expected the variant 'lora' or 'dora', found a AdaLoraLayer"):
+    with pytest.raises(SpecError, match="expected the variant 'lora' or 'dora', found AdaLoraLayer"):
         cls.for_model(adapted("kaiming", variant="adalora"), lr=1e-3)
     pairs[1].parameters[0].requires_grad_(False)
     with pytest.raises(SpecError, match=f"{pairs[1].name}: expected both halves"):

@@ -164,6 +164,29 @@ def test_a_shorter_run_has_a_schedule_of_its_own(recipe):
         assert (arm.recipe.max_steps, arm.recipe.warmup_steps) == (20, warmup)
 
 
+@given(st.data())
+def test_a_shorter_run_restarts_as_often_and_ships_in_the_same_share_of_its_steps(data):
+    of = data.draw(st.integers(2, 200))
+    steps, every = data.draw(st.integers(1, of - 1)), data.draw(st.integers(1, of - 1))
+    ship = data.draw(st.integers(0, of - every - 1))
+    reshaping = {"restart_every": every, "restart_rank": 2, "ship_rank": 2, "ship_steps": ship}
+    shorter = Arm("a", recipes.parse({"model": "m", "data": "d", **reshaping})).shorter(steps, of).recipe
+    assert abs(shorter.ship_steps / steps - ship / of) < 1 / steps
+    assert shorter.restart_every == (every * steps // of or None)
+    # Or the run would be refused.
+    assert (shorter.restart_every or 0) < steps - shorter.ship_steps
+    assert (shorter.restart_rank is None) == (shorter.restart_every is None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_and_full_fine_tuning_leave_out_what_a_recipe_does_to_ranks(recipe, name):
+    reshaping = {"restart_every": 2, "restart_rank": 4, "ship_rank": 2}
+    assert not any(arm.recipe.reshapes for arm in presets(recipe.model_copy(update=reshaping), name))
+    a, b = arms_of(recipe.model_copy(update=reshaping), {"a": {}, "b": {"full": "muon"}}, "t")
+    assert a.recipe.reshapes
+    assert not b.recipe.reshapes
+
+
 @given(st.integers(1, 200), st.integers(1, 250))
 def test_bisection_finds_the_shortest_length(steps, needed):
     lengths, asked = tenths(steps), []

@@ -457,5 +457,5 @@ def test_every_optimizer_of_the_table_trains_everything(name: str) -> None:
 
 def test_a_change_that_is_no_product_of_the_pair_is_refused() -> None:
     model = rw.attach(nn.Sequential(nn.Linear(16, 16)), rw.LoRA(rank=2, variant="adalora"))
-    with pytest.raises(SpecError, match=r"0: .* expected the variant 'lora' or 'dora', found a AdaLoraLayer"):
+    with pytest.raises(SpecError, match=r"0: .* expected the variant 'lora' or 'dora', found AdaLoraLayer"):
         LoraPro.for_model(model, lr=1e-3)

@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+import torch
 
-from rankwise.errors import RecipeError
+from rankwise.errors import RecipeError, SpecError
 from rankwise.optim import OPTIMIZERS
 from rankwise.optim.choice import PairChoice
 from rankwise.train import recipe as recipes
 from rankwise.train.recipe import SECTIONS, AdapterFields, Recipe
+
+PAIR_OPTIMIZERS = [name for name in OPTIMIZERS if name not in ("adamw", "lora-plus")]
+WITH_BETAS = ("lora-pro", "polora", "scaled-adam", "loft")
 
 
 @pytest.fixture
@@ -163,15 +167,45 @@ def test_a_field_at_fault_is_named_without_the_rate_that_would_follow_from_it():
         recipes.parse({"model": "m", "data": "d", "optimizer": "spectrol"})
 
 
-def test_an_unknown_option_of_the_optimizer_is_named_before_the_model_is_loaded() -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "variant", "says"),
+    [
+        ({"name": "spectral", "betta": 0.8}, "lora", r"'spectral': unknown option 'betta'.* did you mean 'beta'"),
+        ({"name": "spectral", "beta": 1.8}, "lora", r"spectral: beta: expected a number in \[0, 1\), found 1.8"),
+        ({"name": "spectral", "others_lr": -1}, "lora", "others_lr: expected a positive number, found -1"),
+        *(
+            ({"name": name, "betas": betas}, "lora", rf"'{name}': betas must be of the kind of \(0.9, 0.9")
+            for name in WITH_BETAS
+            for betas in (0.9, [0.9], ["a", "b"], None)
+        ),
+        *(
+            ({"name": name, "betas": [0.9, 1.0]}, "lora", rf"{name}: betas: expected two numbers in \[0, 1\)")
+            for name in WITH_BETAS
+        ),
+        ({"name": "lora-plus", "ratio": -1}, "lora", "lora-plus: lr_ratio .*: expected a positive number, found -1"),
+        *((name, "adalora", "found AdaLoraLayer; train it with AdamW") for name in PAIR_OPTIMIZERS),
+        *((name, "bottleneck", "found none; train what has none") for name in PAIR_OPTIMIZERS),
+        ("lora-plus", "bottleneck", "lr_ratio: expected a layer with a pair"),
+    ],
+)
+def test_what_does_not_go_with_the_optimizer_is_named_before_the_model_is_loaded(optimizer, variant, says) -> None:
     from rich.console import Console
 
-    from rankwise.errors import SpecError
     from rankwise.train.run.loading import load as load_run
 
-    recipe = recipes.parse({"model": "no-such-model", "data": "kjv", "optimizer": {"name": "spectral", "betta": 0.8}})
-    with pytest.raises(SpecError, match=r"optimizer 'spectral': unknown option 'betta'.* did you mean 'beta'"):
-        load_run(recipe, Console(quiet=True))
+    values = {"model": "no-such-model", "data": "kjv", "optimizer": optimizer, "variant": variant}
+    with pytest.raises((RecipeError, SpecError), match=says):
+        load_run(recipes.parse(values), Console(quiet=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_every_optimizer_goes_with_a_pair_and_looking_draws_no_random_number(name, variant) -> None:
+    from rankwise.train.trainer.optimizer_choice import optimizer_of
+
+    state = torch.get_rng_state()
+    optimizer_of(recipes.parse({"model": "m", "data": "d", "optimizer": name, "variant": variant}))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 PATHS = ("model", "data", "eval_data", "init_cache", "output_dir", "resume_from_checkpoint")

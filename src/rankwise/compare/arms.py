@@ -11,7 +11,7 @@ from rankwise.errors import RecipeError
 from rankwise.methods import nearest
 from rankwise.optim import OPTIMIZERS
 from rankwise.train import recipe as recipes
-from rankwise.train.recipe import AdapterFields, OptimizerFields, Recipe, StartFields
+from rankwise.train.recipe import AdapterFields, OptimizerFields, Recipe, ReshapingFields, StartFields
 from rankwise.train.yaml_text import read_yaml
 from rankwise.trials.full import FULL
 
@@ -22,11 +22,18 @@ FIELDS = (
     *(name for name in AdapterFields.model_fields if name != "seed"),
     *(name for name in StartFields.model_fields if name != "init_cache"),  # of one seed's gradients
     *OptimizerFields.model_fields,
+    *ReshapingFields.model_fields,
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("optim", "adam_beta1", "adam_beta2"),
 )
 
-PLAIN: dict[str, Any] = {"init": "kaiming", "scaling": "lora", "variant": "lora", "optimizer": "adamw"}
+PLAIN: dict[str, Any] = {
+    "init": "kaiming",
+    "scaling": "lora",
+    "variant": "lora",
+    "optimizer": "adamw",
+    **dict.fromkeys(("restart_every", "restart_rank", "ship_rank")),
+}
 # rsLoRA's is the scale that LoRA-GA's stable start is made for.
 LORA_GA: dict[str, Any] = PLAIN | {"init": "lora-ga", "scaling": "rslora"}
 
@@ -93,10 +100,17 @@ class Arm:
         return replace(self, recipe=self.recipe.model_copy(update={"learning_rate": rate, "seed": seed}))
 
     def shorter(self, steps: int, of: int) -> Arm:
-        """The same with a schedule of fewer steps. A warm-up that is a share of the run shrinks by itself."""
-        warmup = self.recipe.warmup_steps
-        changes = {"max_steps": steps, "warmup_steps": warmup if warmup < 1 else round(warmup * steps / of)}
-        return replace(self, recipe=self.recipe.model_copy(update=changes))
+        """The same with a schedule of fewer steps; what is counted in steps shrinks with it."""
+        recipe = self.recipe
+        warmup, every = recipe.warmup_steps, (recipe.restart_every or 0) * steps // of
+        changes = {
+            "max_steps": steps,
+            "warmup_steps": warmup if warmup < 1 else round(warmup * steps / of),  # below 1 a share of them
+            "restart_every": every or None,
+            "restart_rank": recipe.restart_rank if every else None,
+            "ship_steps": recipe.ship_steps * steps // of,
+        }
+        return replace(self, recipe=recipe.model_copy(update=changes))
 
 
 def arms_of(recipe: Recipe, changes: Mapping[str, Changes], source: str) -> list[Arm]:

@@ -17,13 +17,13 @@ from rankwise.compare.figures import panels
 from rankwise.compare.runs import Budget, Trial, Trials, check_held_out, machine
 from rankwise.compare.search import Outcome, Run, compare, runs_needed
 from rankwise.compare.summary import Row, summary
-from rankwise.errors import RecipeError
+from rankwise.errors import RankwiseError, RecipeError
 from rankwise.report.page import page, write_page
 from rankwise.train.data.dataset import load_data
 from rankwise.train.recipe import Recipe
 from rankwise.train.run import run
+from rankwise.train.run.loading import check_method
 from rankwise.train.tasks.base import Loaded, spec_of
-from rankwise.train.trainer.optimizer_choice import optimizer_of
 from rankwise.trials.preparing import target_weights
 
 
@@ -86,9 +86,16 @@ def check_arms(loaded: Loaded, arms: Sequence[Arm]) -> None:
         if arm.full is not None:
             target_weights(loaded)
             continue
+        _check_method(arm)
         spec = replace(spec_of(arm.recipe), modules_to_save=loaded.spec.modules_to_save)
         rw.plan(loaded.model, spec, method=arm.recipe.init_method, memory_budget=arm.recipe.memory_budget)
-        optimizer_of(arm.recipe)
+
+
+def _check_method(arm: Arm) -> None:
+    try:
+        check_method(arm.recipe)
+    except RankwiseError as error:
+        raise RecipeError(f"arm {arm.name!r}: {error}") from None
 
 
 class Announced:

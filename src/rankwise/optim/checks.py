@@ -17,11 +17,25 @@ def check_number(name: str, value: object, *, above_zero: bool) -> None:
         raise SpecError(f"{name}: expected {expected}, found {value!r}")
 
 
-def check_betas(betas: tuple[float, ...]) -> None:
-    """Refuse decay rates of moments outside [0, 1).
+def check_beta(name: str, value: object) -> None:
+    """Refuse a decay rate of a moment that is no number in [0, 1).
+
+    Raises:
+        SpecError: naming the option and what was found.
+    """
+    if not _is_decay(value):
+        raise SpecError(f"{name}: expected a number in [0, 1), found {value!r}")
+
+
+def check_betas(betas: object) -> None:
+    """Refuse anything but the decay rates of two moments, both in [0, 1).
 
     Raises:
         SpecError: naming what was found.
     """
-    if not all(0 <= beta < 1 for beta in betas):
-        raise SpecError(f"betas: expected numbers in [0, 1), found {betas!r}")
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(_is_decay, betas))):
+        raise SpecError(f"betas: expected two numbers in [0, 1), found {betas!r}")
+
+
+def _is_decay(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1

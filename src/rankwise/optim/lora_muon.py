@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rankwise.algebra.msign import msign, thin_svd
-from rankwise.optim.checks import check_betas
+from rankwise.optim.checks import check_beta
 from rankwise.optim.choice import choice_of
 from rankwise.optim.elementwise import momentum
 from rankwise.optim.pair_optimizer import PairOptimizer
@@ -80,7 +80,7 @@ class LoraMuon(PairOptimizer):
         weight_decay: float = 0.0,
         others: Iterable[Any] = (),
     ) -> None:
-        check_betas((beta,))
+        check_beta("beta", beta)
         options = {"beta": beta}
         super().__init__(pairs, direction, options, lr=lr, weight_decay=weight_decay, others=others)
 

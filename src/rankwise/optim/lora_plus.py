@@ -1,13 +1,14 @@
 """LoRA+: B learns faster than A (Hayou 2024, arXiv 2402.12354). Parameter groups for any torch optimizer."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from rankwise.adapted.adapted import Adapted
-from rankwise.errors import AttachError
+from rankwise.errors import AttachError, SpecError
 from rankwise.optim.checks import check_number
 from rankwise.optim.choice import GroupsChoice
 from rankwise.variants.base import PairLayer
@@ -60,7 +61,7 @@ def param_groups(
         Groups with the keys ``name``, ``params``, ``lr``, ``weight_decay``; layers with equal rates share one.
 
     Raises:
-        SpecError: a learning rate, ratio or decay out of range.
+        SpecError: a learning rate, ratio or decay out of range; a ratio where there is no pair.
         AttachError: the model carries no adapter, or nothing of it is trainable.
 
     >>> import torch, rankwise as rw
@@ -74,6 +75,8 @@ def param_groups(
     if lr_ratio != "derived":
         check_number("lr_ratio ('derived', or a number such as 16)", lr_ratio, above_zero=True)
     ratios = _ratios(Adapted.of(model), lr_ratio)
+    if lr_ratio != 1 and not any(isinstance(layer, PairLayer) for layer in _layers(Adapted.of(model))):
+        raise SpecError(f"lr_ratio: expected a layer with a pair, whose B it speeds up, found none and {lr_ratio!r}")
     members: dict[float, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -96,14 +99,17 @@ def param_groups(
 def _ratios(adapted: Adapted, lr_ratio: float | str) -> dict[int, float]:
     """id of each lora_B whose rate is its own → λ."""
     ratios = {}
-    for slot in adapted.slots.values():
-        for layer in slot.adapters.values():
-            if isinstance(layer, PairLayer) and layer.site.kind != "embedding":
-                out, into = layer.site.shape
-                ratios[id(layer.lora_B)] = (
-                    derived_ratio(out, into, layer.site.rank) if lr_ratio == "derived" else float(lr_ratio)
-                )
+    for layer in _layers(adapted):
+        if isinstance(layer, PairLayer) and layer.site.kind != "embedding":
+            out, into = layer.site.shape
+            ratios[id(layer.lora_B)] = (
+                derived_ratio(out, into, layer.site.rank) if lr_ratio == "derived" else float(lr_ratio)
+            )
     return ratios
+
+
+def _layers(adapted: Adapted) -> Iterator[nn.Module]:
+    return (layer for slot in adapted.slots.values() for layer in slot.adapters.values())
 
 
 @dataclass(frozen=True)

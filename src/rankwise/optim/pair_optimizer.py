@@ -221,13 +221,16 @@ class PairOptimizer(torch.optim.Optimizer):
     def _check_complete(self, given: Sequence[Tensor]) -> None:
         """``given`` has every trained tensor of the pairs' layers, and has it once."""
         if not self.pairs:
-            raise SpecError("pairs: expected at least one, as rankwise.pairs(model) gives them, found none")
+            raise SpecError(
+                f"pairs: {type(self).__name__} moves s·BA; expected one pair at least, as rankwise.pairs(model) gives "
+                f"them, found none; train what has none, such as a bottleneck, with AdamW"
+            )
         times = Counter(map(id, given))
         for pair in self.pairs:
             if not isinstance(pair.layer, LoraLayer):
                 raise SpecError(
                     f"{pair.name}: {type(self).__name__} moves s·BA; expected the variant 'lora' or 'dora', "
-                    f"found a {type(pair.layer).__name__}; train it with AdamW"
+                    f"found {type(pair.layer).__name__}; train it with AdamW"
                 )
             if any(times[id(p)] > 1 for p in pair.parameters):
                 raise SpecError(f"{pair.name}: given twice; expected every pair once, and neither half in others=")

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rankwise.algebra.msign import ThinSVD, msign, spectral_norm, thin_svd
-from rankwise.optim.checks import check_betas
+from rankwise.optim.checks import check_beta
 from rankwise.optim.choice import choice_of
 from rankwise.optim.elementwise import momentum
 from rankwise.optim.pair_optimizer import PairOptimizer
@@ -113,7 +113,7 @@ class Spectral(PairOptimizer):
         weight_decay: float = 0.0,
         others: Iterable[Any] = (),
     ) -> None:
-        check_betas((beta,))
+        check_beta("beta", beta)
         options = {"beta": beta}
         super().__init__(pairs, direction, options, lr=lr, weight_decay=weight_decay, others=others)
 

@@ -148,7 +148,7 @@ def search(trainer: AdapterTrainer, sites: Sequence[Site]) -> Search:
             f"`learning_rate`: auto is chosen in one process, found {args.world_size}. Take the number that a run of "
             f"one process chooses (it is in {FILE} of its directory)"
         )
-    *_, run_steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    run_steps = trainer.run_steps
     each = probe_length(run_steps) if recipe.rate_probe_steps is None else recipe.rate_probe_steps // MOST_RATES
     method = OPTIMIZERS[name_of(OPTIMIZERS, optimizer_of(recipe))]
     rules = first_guess(trainer.model, sites, method, trainer.optimizer_at, run_steps)

@@ -25,14 +25,19 @@ def load(recipe: Recipe, console: Console) -> Loaded:
         SpecError, RecipeError: an option of the adapter or the optimizer, or a tracker. TargetError: layers that do not
             fit.
     """
-    optimizer_of(recipe)  # which says what is wrong with its options before the model is loaded
-    _check_reshaping(recipe)
+    check_method(recipe)
     check_trackers(recipe.report_to)
     with busy(console, "Loading the model"):
         return TASKS[recipe.task].load(recipe)
 
 
-def _check_reshaping(recipe: Recipe) -> None:
+def check_method(recipe: Recipe) -> None:
+    """Refuse what does not go together in a recipe's method, whatever the model.
+
+    Raises:
+        SpecError, RecipeError: saying which fields.
+    """
+    optimizer_of(recipe)
     if recipe.restart_every is not None:
         check_restartable(spec_of(recipe))
     elif recipe.restart_rank is not None:

@@ -45,6 +45,7 @@ from rankwise.train.run.trial_step import TrialStep, try_step
 from rankwise.train.tasks.base import DataSummary, Loaded
 from rankwise.train.trainer.alignment_callback import AlignmentCallback
 from rankwise.train.trainer.progress import ProgressBar, without_dataset_bars
+from rankwise.train.trainer.reshaping_callback import check_steps
 from rankwise.train.trainer.stop_signal import StopOnSigterm
 from rankwise.train.trainer.trainer import RESULTS, AdapterTrainer
 from rankwise.variants.base import FoldableLayer
@@ -148,6 +149,8 @@ def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Da
         data = load_data(recipe) if data is None else data
         task.check(loaded, data)
         trainer, warnings = task.trainer(loaded, data, bar)
+        if recipe.reshapes:
+            check_steps(recipe, trainer.run_steps)
         batches = adapter_start.first_batches(trainer, recipe)
         summary = task.summary(loaded, data, trainer, batches)
         alignment = None

@@ -19,9 +19,33 @@ from rankwise.errors import RecipeError
 from rankwise.reshaping import narrow, restart
 
 if TYPE_CHECKING:
+    from rankwise.train.recipe import Recipe
     from rankwise.train.trainer.trainer import AdapterTrainer
 
 WIDE = "wide"  # the adapter before it was squeezed, in the run's directory
+
+
+def last_wide_step(recipe: Recipe, steps: int) -> int:
+    """The step after which the adapter is squeezed; without `ship_rank` the run's last."""
+    return steps - (recipe.ship_steps if recipe.ship_rank is not None else 0)
+
+
+def check_steps(recipe: Recipe, steps: int) -> None:
+    """Refuse a run of so few steps that what is to happen between two of them does not.
+
+    Raises:
+        RecipeError: naming the field.
+    """
+    wide = last_wide_step(recipe, steps)
+    if wide < 1:
+        raise RecipeError(
+            f"`ship_steps`: expected fewer than the run's {steps} steps, whose last they are, found {recipe.ship_steps}"
+        )
+    if recipe.restart_every is not None and recipe.restart_every >= wide:
+        raise RecipeError(
+            f"`restart_every`: expected fewer than the {wide} steps that the run's pairs are trained for, found "
+            f"{recipe.restart_every}, so that they would never start anew"
+        )
 
 
 class ReshapingCallback(TrainerCallback):  # type: ignore[misc]
@@ -35,26 +59,18 @@ class ReshapingCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if args.world_size > 1:
             raise RecipeError(f"`restart_every`, `ship_rank`: expected one process, found {args.world_size}")
-        if self._ship_step(state) < 1:
-            raise RecipeError(
-                f"`ship_steps`: expected fewer than the run's {state.max_steps} steps, whose last they are, found "
-                f"{self._recipe.ship_steps}"
-            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if Adapted.find(self._trainer.model) is None:  # full fine-tuning, to compare with
             return
         every, step = self._recipe.restart_every, state.global_step
+        ship_step = last_wide_step(self._recipe, state.max_steps)
         flags = copy(vars(control))  # an evaluation resets them
-        if self._recipe.ship_rank is not None and step == self._ship_step(state):
+        if self._recipe.ship_rank is not None and step == ship_step:
             self._ship(self._recipe.ship_rank)
-        elif every is not None and step % every == 0 and step < self._ship_step(state):
+        elif every is not None and step % every == 0 and step < ship_step:
             self._restart(step)
         vars(control).update(flags)
-
-    def _ship_step(self, state: TrainerState) -> int:
-        """The last step of the wide adapter; without `ship_rank` the run's last."""
-        return int(state.max_steps - (self._recipe.ship_steps if self._recipe.ship_rank is not None else 0))
 
     def _restart(self, step: int) -> None:
         trainer, recipe = self._trainer, self._recipe

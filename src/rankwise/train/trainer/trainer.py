@@ -73,6 +73,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             self.recipe, self.train_dataset, self._base, processes=args.world_size, device=args.device.type
         )
 
+    @cached_property
+    def run_steps(self) -> int:
+        """The optimizer steps of the whole run."""
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return int(steps)
+
     def release(self) -> None:
         """Give the model its own forward back: TRL and accelerate put theirs on the instance."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
