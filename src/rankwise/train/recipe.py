@@ -107,6 +107,7 @@ if TYPE_CHECKING:
         rank: int
         target_modules: str | list[str]
         exclude_modules: str | list[str]
+        variant: Method
         modules_to_save: list[str]
         seed: int
 
