@@ -331,16 +331,17 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "A hook, subclass, mode or selective checkpoint keeps a layer's output",
-        "It keeps the layer's own; adapters write in place only where nothing else can hold it.",
+        "It keeps the layer's own; adapters write in place only where nothing else can hold it. An output that is no "
+        "tensor is an `AttachError`.",
         (f"{_KEPT}::test_what_is_kept_is_the_layers_own_output",
          f"{_KEPT}::test_a_subclass_that_saved_its_output_for_the_backward_pass",
          f"{_KEPT}::test_a_layer_that_returns_its_input", f"{_KEPT}::test_selective_checkpointing_keeps_products",
-         f"{_KEPT}::test_what_nothing_holds_is_written_into"),
+         f"{_KEPT}::test_what_nothing_holds_is_written_into", f"{_KEPT}::test_an_output_that_is_no_tensor_is_named"),
     ),
     Fault(
         "A layer that a batch does not use; a weight that is used past its layer's forward",
         "The first is no fault, in training or at inference: the output is the merged model's. The second is "
-        "`SiteNeverFired`, told from the first by a product that read the weight.",
+        "`SiteNeverFired`, told from the first by a product that read the weight, or what was made of it.",
         (f"{_UNUSED}::test_heads_of_other_tasks_and_projectors_without_pictures",
          f"{_UNUSED}::test_each_task_trains_its_own_head", f"{_UNUSED}::test_every_use_past_the_layer_is_named",
          f"{_UNUSED}::test_a_later_batch_may_be_the_first_that_goes_past"),

@@ -52,6 +52,18 @@ def _base_tensors(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tens
                 yield ".".join(filter(None, (path, inside, name))), tensor
 
 
+def check_output(path: str, y: Any) -> None:
+    """Refuse a layer whose output is not one tensor, as those that return their bias beside it.
+
+    Raises:
+        AttachError: as it says.
+    """
+    if not isinstance(y, Tensor):
+        raise AttachError(
+            f"{path}: its forward returned a {type(y).__name__}; expected one tensor; name the layer in exclude_modules"
+        )
+
+
 def check_nested(module: Any, path: str, y: Any) -> None:
     """Refuse to train on nested tensors that torch's attention has no gradient for.
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from zoo import LAYERS, PAIR_VARIANTS, perturb
 
 import rankwise as rw
+from rankwise.errors import AttachError
 from rankwise.in_place import writable
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
@@ -174,3 +175,17 @@ def test_what_nothing_holds_is_written_into(layer: nn.Module) -> None:
     y = torch.zeros(5, 10)
     assert writable(model[0], y) is y
     assert writable(LAYERS["linear"][0](), y) is not y
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_output_that_is_no_tensor_is_named(variant: str) -> None:
+    class WithBias(nn.Linear):
+        """Leaves it to the caller to add the bias, as layers of tensor parallelism do."""
+
+        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return nn.functional.linear(input, self.weight), self.bias
+
+    spec = rw.Bottleneck(["0"], width=2) if variant == "bottleneck" else rw.LoRA(rank=2, variant=variant)
+    model = rw.attach(nn.Sequential(WithBias(12, 12)), spec)
+    with pytest.raises(AttachError, match=r"^0: its forward returned a tuple; expected one tensor"):
+        model(X)

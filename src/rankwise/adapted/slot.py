@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
-from rankwise.placement import check_in_memory, check_nested
+from rankwise.placement import check_in_memory, check_nested, check_output
 from rankwise.sites import SLOT
 from rankwise.variants.base import AdapterLayer, FoldableLayer
 
@@ -96,12 +96,13 @@ def slot_on(layer: nn.Module, site_name: str) -> Slot:
     return slot if isinstance(slot, Slot) else Slot(site_name).put_on(layer)
 
 
-def _add_adapters(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+def _add_adapters(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
     """The forward hook. A function of the module, so that it survives deepcopy and pickle."""
     slot: Any = layer._modules[SLOT]
-    # Before the slot's call, which accelerate intercepts where it offloads: it would move the layer too.
-    if "forward" in vars(layer) and not torch.compiler.is_compiling():
-        check_in_memory(slot, slot.site_name)
+    if not torch.compiler.is_compiling():
+        check_output(slot.site_name, output)
+        if "forward" in vars(layer):  # as accelerate's offloading has it; it would move what the slot is called with
+            check_in_memory(slot, slot.site_name)
     x = args[0] if args else next(iter(kwargs.values()))  # "input", or "x" for a Conv1D
     return slot(layer, x, output)  # type: ignore[no-any-return]
 
