@@ -314,7 +314,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "Second derivatives, torch.func, forward mode",
-        "Those of the folded weights: Hessians and their products, gradient penalties, gradients per sample.",
+        "Those of the folded weights (DoRA's norm a constant, as its paper has it): Hessians and their products, "
+        "gradient penalties, gradients per sample.",
         (f"{_SECOND}::test_hessian_vector_products",
          f"{_SECOND}::test_a_gradient_penalty_trains_what_the_dense_weights_would",
          f"{_SECOND}::test_transforms_of_the_parameters", f"{_SECOND}::test_gradients_per_sample",
@@ -506,7 +507,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "A saved adapter that does not say of which base and task it is",
-        "`adapter_config.json` names the base as it was opened, and its task: PEFT's `AutoPeftModelFor...` opens it.",
+        "`adapter_config.json` names the base as it was opened, and its task (a classifier's where its head is saved "
+        "with it): PEFT's `AutoPeftModelFor...` opens it.",
         (f"{_HABIT}::test_what_lands_is_a_peft_directory", f"{_HABIT}::test_a_classifier_opens_by_its_task"),
     ),
     Fault(

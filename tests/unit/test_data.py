@@ -163,6 +163,10 @@ BAD_FILES = {
         r"images: found \['x.png'\], which has no place in the messages form",
     ),
     "pictures beside a text": (b'{"text": "a", "images": ["x.png"]}', "which has no place in the text form"),
+    "a weight under another trainer's name": (
+        b'{"messages": [{"role": "assistant", "content": "a", "train": false}]}',
+        r"messages\[0\]\.train: expected weight: 0 for what is not to be learnt, or no such field, found bool",
+    ),
     "a weight that is neither 0 nor 1": (
         b'{"messages": [{"role": "assistant", "content": "a", "weight": "0"}]}',
         r"messages\[0\]\.weight: expected 0, not to be learnt, or 1, found str",

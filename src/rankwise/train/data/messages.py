@@ -67,6 +67,9 @@ def turns_of_pairs(pairs: Any, place: str) -> list[tuple[str, str]]:
     ]
 
 
+_OTHER_WEIGHTS = {"train", "trainable", "loss", "masked"}  # other trainers' names for it
+
+
 def _chat(value: Any, place: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise wrong_type(place, "a list of messages, at least one", value)
@@ -85,6 +88,8 @@ def _message(value: Any, place: str) -> Message:
     role = text_of(value["role"], f"{place}.role")
     message = value | {"role": _ROLES.get(role, role)}
     message["content"] = _content(value.get("content"), place, optional=bool(value.get("tool_calls")))
+    for name in _OTHER_WEIGHTS & value.keys():
+        raise wrong_type(f"{place}.{name}", "weight: 0 for what is not to be learnt, or no such field", value[name])
     if value.get("weight") not in (None, 0, 1):
         raise wrong_type(f"{place}.weight", "0, not to be learnt, or 1", value["weight"])
     if value.get("tool_calls"):
