@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rankwise.disk import settle
-from rankwise.errors import BrokenFile, RankwiseError, RecipeError, UnsafeFile
+from rankwise.errors import BrokenFile, RecipeError, UnsafeFile
 from rankwise.json_object import as_object
 from rankwise.tensor_header import TensorEntry, read_header
 
@@ -89,7 +89,7 @@ def settled(folder: Path, names: Sequence[str], read: Callable[[], T]) -> T:
             between = before[-1] is None and settle(folder, names[-1])
             try:
                 result = read()
-            except RankwiseError:
+            except Exception:  # of any kind, as a file may change between a library's own look at it and its reading
                 if not between and _are(folder, names, before):
                     raise
             else:

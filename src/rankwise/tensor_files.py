@@ -63,7 +63,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                     raise NonFiniteTensor(
                         f"{path}: {name} holds NaN or infinity; expected finite numbers: the run diverged"
                     )
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # torch's of a file cut meanwhile is the last
         raise BrokenFile(f"{path}: not a whole safetensors file ({error}): fetch it again") from None
     return tensors
 

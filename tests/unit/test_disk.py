@@ -14,7 +14,8 @@ from resaves import adapted, base
 
 import rankwise as rw
 from rankwise.disk import settle, staging, whole_directory, write_file, write_files, writing
-from rankwise.errors import WriteError
+from rankwise.errors import BrokenFile, WriteError
+from rankwise.files import settled
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -193,3 +194,29 @@ def test_what_libraries_say_of_a_full_disk_is_named_and_nothing_else(tmp_path: P
         raise Exception("No space left on device (os error 28)")
     with pytest.raises(ValueError, match="a mistake"), writing(tmp_path / "out"):
         raise ValueError("a mistake")
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError, BrokenFile])
+def test_what_a_reader_raises_of_files_that_change_meanwhile_is_no_answer(
+    tmp_path: Path, kind: type[Exception]
+) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def read() -> str:
+        content = (tmp_path / "a").read_text()
+        if content == "old":
+            write_files(tmp_path, {"a": b"new"}, "a")
+            raise kind("torn")
+        return content
+
+    assert settled(tmp_path, ["a"], read) == "new"
+
+
+def test_what_a_reader_raises_of_files_at_rest_is_raised(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def read() -> None:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        settled(tmp_path, ["a"], read)
