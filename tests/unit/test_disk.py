@@ -197,9 +197,7 @@ def test_what_libraries_say_of_a_full_disk_is_named_and_nothing_else(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError, BrokenFile])
-def test_what_a_reader_raises_of_files_that_change_meanwhile_is_no_answer(
-    tmp_path: Path, kind: type[Exception]
-) -> None:
+def test_what_a_reader_raises_of_files_that_change_is_no_answer(tmp_path: Path, kind: type[Exception]) -> None:
     (tmp_path / "a").write_text("old")
 
     def read() -> str:
