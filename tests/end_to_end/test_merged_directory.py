@@ -158,7 +158,7 @@ def test_a_place_that_cannot_be_replaced_is_named_before_any_work(
     monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mount")
     monkeypatch.setattr("rankwise.train.model.merged.load_base", None)  # it does not come to that
     for place, message in {
-        file: "expected a new or empty directory",
+        file: "found that .*file is a file",
         file / "merged": "found that .*file is a file",
         link: "is a link to .*nowhere, which is not there",
         mount: "is a mount point, which no new directory can replace. Name a directory in it",
