@@ -29,7 +29,7 @@ LAYERS = (
     ("adapter", "collection"),
     ("planning", "approximation", "base_weights", "renaming"),
     ("adapted", "combinations"),
-    ("pair", "evidence", "format"),
+    ("pair", "evidence", "format", "routing"),
     ("inspection", "attaching", "squeezing", "combining", "extracting"),
     ("optim", "analysis", "reshaping"),
     ("report",),

@@ -4,7 +4,8 @@ RankwiseError
 ├── SpecError               a LoRA(...) field is out of range, or its parts do not go together
 ├── TargetError             target, exclude or pattern names that fit no module, or only in part
 ├── AttachError             the model is not in the state the call needs (name taken, unknown, absent)
-│   └── SiteNeverFired      an adapted layer's forward was bypassed
+│   ├── SiteNeverFired      an adapted layer's forward was bypassed
+│   └── RoutingError        rows of a batch cannot be given to adapters
 ├── EvidenceError           an initialisation did not get what it must have seen
 │   ├── NoGradient          a layer got no gradient
 │   ├── NonFiniteGradient   a gradient or the loss was NaN or infinite
@@ -48,6 +49,10 @@ class AttachError(RankwiseError, RuntimeError):
 
 class SiteNeverFired(AttachError):
     """An adapted layer's forward was bypassed, so its adapter would train on nothing."""
+
+
+class RoutingError(AttachError):
+    """The rows of a batch cannot be given to adapters: their number, or a layer that does not tell them apart."""
 
 
 class EvidenceError(RankwiseError, RuntimeError):

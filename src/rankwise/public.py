@@ -12,6 +12,7 @@ from rankwise.format.save_load import load, save
 from rankwise.optim import param_groups
 from rankwise.pair import Pair, pairs
 from rankwise.planning import plan
+from rankwise.routing.route import route
 from rankwise.sites import Site
 from rankwise.spec import Bottleneck, LoRA
 
@@ -41,6 +42,7 @@ __all__ = [
     "param_groups",
     "plan",
     "read",
+    "route",
     "save",
     "trainable_parameters",
     "unmerge",

@@ -3,7 +3,7 @@
 The layer keeps its class, its keys and its quantised kernel.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,8 @@ class Slot(nn.Module):
         active: names that take part in the forward, in this order: changes of the weight before bottlenecks, which act
             on the output of the layer so changed.
         enabled: False inside ``disabled(model)``.
+        router: what decides in the active adapters' stead (:class:`rankwise.routing.router.Router`), or None.
+        routed: names that routes have let be trained since the last :meth:`activate`.
         fired: whether the layer's forward has run with this slot, or been compiled.
     """
 
@@ -33,6 +35,8 @@ class Slot(nn.Module):
         self.adapters = cast(dict[str, AdapterLayer], nn.ModuleDict())  # which behaves like one
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        self.router: Callable[[Slot, nn.Module, Tensor, Tensor], Tensor] | None = None
+        self.routed: tuple[str, ...] = ()
         self.fired = False
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -44,9 +48,14 @@ class Slot(nn.Module):
                 self.fired = True
             if y.is_nested:
                 check_nested(self, self.site_name, y)
-        if self.enabled:
-            for name in self.active:
-                y = self.adapters[name].adapt(layer, x, y)
+        if not self.enabled:
+            return y
+        return self.router(self, layer, x, y) if self.router else self.add(layer, x, y, self.active)
+
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor, names: Iterable[str]) -> Tensor:
+        """y with these adapters' parts."""
+        for name in names:
+            y = self.adapters[name].adapt(layer, x, y)
         return y
 
     def check_together(self, names: Iterable[str]) -> None:
@@ -68,8 +77,9 @@ class Slot(nn.Module):
     def activate(self, names: Iterable[str], trainable: Mapping[str, bool]) -> None:
         """Let those of the named adapters that are here take part, and train only them; others are not touched."""
         present = [name for name in names if name in self.adapters]
-        for name in {*self.active, *present}:
+        for name in {*self.active, *self.routed, *present}:
             self.adapters[name].requires_grad_(name in present and trainable[name])
+        self.routed = ()
         self.active = tuple(sorted(present, key=lambda name: not isinstance(self.adapters[name], FoldableLayer)))
 
     def put_on(self, layer: nn.Module) -> "Slot":

@@ -1,0 +1,1 @@
+"""Rows of one batch that belong to different adapters."""
