@@ -26,7 +26,7 @@ RankwiseError
     ├── Diverged            a loss, gradient or weight that is not finite any more
     ├── OutOfMemory         a step did not fit into memory
     ├── RunLocked           another process writes to the run's directory
-    └── RunStopped          asked to stop (SIGTERM): saved, and to be resumed
+    └── RunStopped          asked to stop (SIGTERM, Ctrl-C): saved, and to be resumed
 """
 
 
@@ -147,4 +147,12 @@ class RunLocked(TrainingError):
 
 
 class RunStopped(TrainingError):
-    """The run was asked to stop; it is saved, and can be resumed."""
+    """The run was asked to stop; it is saved, and can be resumed.
+
+    Attributes:
+        signal: the number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -80,6 +80,10 @@ def sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
@@ -241,27 +245,29 @@ def test_a_new_run_leaves_the_checkpoints_of_the_one_before(make, tmp_path):
 # ----------------------------------------------------------------------------------------------- how a run may be ended
 
 
-def test_sigterm_on_the_command_line_saves_and_has_its_own_exit_code(make, tmp_path, at_step):
+@pytest.mark.parametrize(("ask", "code"), [(sigterm, 143), (ctrl_c, 130)])
+def test_a_signal_on_the_command_line_saves_and_has_its_own_exit_code(make, tmp_path, at_step, ask, code):
     path = tmp_path / "recipe.yaml"
     values = make().model_dump(exclude_defaults=True)
     path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()))
-    before = signal.getsignal(signal.SIGTERM)
-    at_step(3, sigterm)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    at_step(3, ask)
     stopped = CliRunner().invoke(app, ["train", str(path)], env={"COLUMNS": "200"})
-    assert stopped.exit_code == 143, stopped.output
+    assert stopped.exit_code == code, stopped.output
     assert "stopped after step 3 of 6" in " ".join(stopped.output.split())
     assert names(tmp_path / "run") == ["checkpoint-3", "checkpoint-2"]
     assert not (tmp_path / "run" / "adapter").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     resumed = CliRunner().invoke(app, ["train", str(path), "--resume-from-checkpoint", "true"])
     assert resumed.exit_code == 0, resumed.output
 
 
-def test_an_interrupt_leaves_all_whole(make, tmp_path, at_step):
-    def interrupt():
-        raise KeyboardInterrupt
+def test_a_second_ctrl_c_stops_at_once_and_leaves_all_whole(make, tmp_path, at_step):
+    def twice():
+        ctrl_c()
+        ctrl_c()
 
-    at_step(3, interrupt)
+    at_step(3, twice)
     with pytest.raises(KeyboardInterrupt):
         run.train(make(), SILENT)
     with only_writer(tmp_path / "run", SILENT):  # it is free again
