@@ -126,6 +126,21 @@ def test_evaluations_change_nothing(make, tmp_path):
     assert same(often.adapter, never.adapter)
 
 
+def test_the_log_has_every_step_once(make, tmp_path, at_step):
+    at_step(3, sigterm)
+    with pytest.raises(RunStopped):
+        run.train(make(logging_steps=1), SILENT)
+    (tmp_path / "run" / "log.jsonl").write_text("what a killed writer left")
+    console = Console(width=1000, record=True)
+    resumed = run.train(make(logging_steps=1, resume_from_checkpoint=True), console)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows == resumed.history
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert all(row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 for row in rows if "loss" in row)
+    said = console.export_text()  # of no terminal: a line for each
+    assert re.search(r"step 6/6  loss \d\.\d{4}  gradient norm \S+  learning rate \S+  [\d,]+ tokens/s", said)
+
+
 def test_a_run_killed_after_its_last_step_is_finished(make, tmp_path):
     whole = run.train(make(), SILENT)
     kept = weights(whole.adapter)
@@ -236,7 +251,12 @@ def test_a_new_run_leaves_the_checkpoints_of_the_one_before(make, tmp_path):
     run.train(make(), SILENT)
     run.train(make(max_steps=2), SILENT)
     assert names(tmp_path / "run") == ["checkpoint-2"]
-    assert names(tmp_path / "run" / "earlier-1") == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    earlier = tmp_path / "run" / "earlier-1"
+    assert names(earlier) == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    assert json.loads((earlier / "metrics.json").read_text())["steps"] == 6
+    assert {path.name for path in earlier.iterdir()} - set(names(earlier)) == {
+        *("adapter", "loss.png", "report.html", "report.json", "metrics.json", "log.jsonl"),
+    }
     (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"found none\..* Those of earlier runs are in earlier-1\."):
         run.prepare(run.load(make(resume_from_checkpoint=True), SILENT), SILENT)

@@ -47,6 +47,7 @@ from rankwise.train.tasks.base import DataSummary, Loaded
 from rankwise.train.trainer.alignment_callback import AlignmentCallback
 from rankwise.train.trainer.progress import ProgressBar, without_dataset_bars
 from rankwise.train.trainer.reshaping_callback import check_steps
+from rankwise.train.trainer.run_log import RunLog
 from rankwise.train.trainer.stop_signal import StopOnSignal
 from rankwise.train.trainer.trainer import RESULTS, AdapterTrainer
 from rankwise.variants.base import FoldableLayer
@@ -276,6 +277,7 @@ def _train(prepared: Prepared, console: Console) -> None:
     """Train, and end with an evaluation of the adapter that is saved."""
     trainer, stop = prepared.trainer, StopOnSignal(console)
     trainer.add_callback(stop)
+    trainer.add_callback(RunLog(Path(prepared.recipe.output_dir), console))
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
