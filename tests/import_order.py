@@ -33,7 +33,7 @@ LAYERS = (
     ("inspection", "attaching", "squeezing", "combining", "extracting"),
     ("optim", "analysis", "reshaping"),
     ("report",),
-    ("train", "converting"),
+    ("train", "converting", "pushing"),
     ("trials",),
     ("studies", "compare"),
     ("cli",),

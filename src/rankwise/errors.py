@@ -21,6 +21,7 @@ RankwiseError
 ├── DataError               training data that cannot be used
 │   └── NoTrainableTokens   every label is masked
 ├── WriteError              a file could not be written: a full disk, missing rights
+├── HubError                a model hub refused, or cannot be reached
 ├── RecipeError             a recipe key or value that is not known
 └── TrainingError           a run that cannot go on
     ├── Diverged            a loss, gradient or weight that is not finite any more
@@ -124,6 +125,10 @@ class NoTrainableTokens(DataError):
 
 class WriteError(RankwiseError, OSError):
     """A file could not be written: a full disk, missing rights. What was there is as it was."""
+
+
+class HubError(RankwiseError, OSError):
+    """A model hub refused, or cannot be reached."""
 
 
 class RecipeError(RankwiseError, ValueError):

@@ -1,4 +1,4 @@
-"""What other libraries call our fields: whoever comes from PEFT, TRL, Axolotl or LLaMA-Factory is told the name here."""
+"""What other libraries call our fields, for whoever comes from PEFT, TRL, Axolotl or LLaMA-Factory."""
 
 from collections.abc import Mapping
 

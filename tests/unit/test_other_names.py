@@ -38,7 +38,7 @@ def test_what_is_told_can_be_written():
 def test_an_unknown_name_has_a_near_one_or_none():
     with pytest.raises(SpecError, match="LoRA has no field 'rankk'; did you mean 'rank'"):
         LoRA(rankk=8)
-    with pytest.raises(RecipeError, match="is not a field of a recipe. Did you mean `rank`"):
+    with pytest.raises(RecipeError, match=r"is not a field of a recipe\. Did you mean `rank`"):
         recipes.parse({**SHORTEST, "rankk": 8})
 
 

@@ -50,7 +50,6 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # --learning_rate, as transformers' users type it, is --learning-rate.
     context_settings={

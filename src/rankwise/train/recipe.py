@@ -63,6 +63,7 @@ class ModelFields(_Section):
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none", description="Keep the base in 4 bits (QLoRA) or 8 bits; needs bitsandbytes."
     )
+
     @field_validator("dtype", mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:

@@ -16,7 +16,6 @@ from rankwise.train.trainer.contents import check_contents, steps_done
 from rankwise.train.trainer.run_log import LOG
 from rankwise.train.trainer.trainer import RESULTS
 
-
 # What a run leaves beside its checkpoints.
 _OF_A_RUN = ("adapter", "loss.png", "report.html", "report.json", RESULTS, LOG, learning_rate.FILE)
 

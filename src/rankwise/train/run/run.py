@@ -191,7 +191,7 @@ def execute(prepared: Prepared, console: Console) -> Result:
     """Train, then write the adapter, its card, the loss curve, the numbers and the page that shows them.
 
     Raises:
-        RunLocked: another process writes to the run's directory. RunStopped: SIGTERM or Ctrl-C came; a checkpoint is saved.
+        RunLocked: another process writes to the run's directory. RunStopped: SIGTERM or Ctrl-C came; the run is saved.
     """
     writes = prepared.trainer.is_world_process_zero()
     prepared.trainer.accelerator.wait_for_everyone()  # before the checkpoints that another still looks at are moved
