@@ -148,10 +148,10 @@ FAULTS: tuple[Fault, ...] = (
          "unit/test_cli.py::test_a_users_home_is_meant_in_every_path"),
     ),
     Fault(
-        "SIGTERM",
+        "SIGTERM, Ctrl-C",
         "The step is ended, saved, and the run leaves with an exit code of its own.",
         (f"{_RESUME}::test_a_run_stopped_by_sigterm_resumes_bit_for_bit",
-         f"{_RESUME}::test_sigterm_on_the_command_line_saves_and_has_its_own_exit_code"),
+         f"{_RESUME}::test_a_signal_on_the_command_line_saves_and_has_its_own_exit_code"),
     ),
     Fault(
         "Out of memory at step N",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 # From the bottom up. A module imports only from the rows above its own, never its siblings.
 LAYERS = (
-    ("errors", "shapes"),
+    ("errors", "shapes", "other_names"),
     ("json_object", "automaton", "methods"),
     ("tensor_header", "disk", "sites"),
     (
@@ -33,7 +33,7 @@ LAYERS = (
     ("inspection", "attaching", "squeezing", "combining", "extracting"),
     ("optim", "analysis", "reshaping"),
     ("report",),
-    ("train", "converting"),
+    ("train", "converting", "pushing"),
     ("trials",),
     ("studies", "compare"),
     ("cli",),

@@ -22,12 +22,13 @@ RankwiseError
 ├── DataError               training data that cannot be used
 │   └── NoTrainableTokens   every label is masked
 ├── WriteError              a file could not be written: a full disk, missing rights
+├── HubError                a model hub refused, or cannot be reached
 ├── RecipeError             a recipe key or value that is not known
 └── TrainingError           a run that cannot go on
     ├── Diverged            a loss, gradient or weight that is not finite any more
     ├── OutOfMemory         a step did not fit into memory
     ├── RunLocked           another process writes to the run's directory
-    └── RunStopped          asked to stop (SIGTERM): saved, and to be resumed
+    └── RunStopped          asked to stop (SIGTERM, Ctrl-C): saved, and to be resumed
 """
 
 
@@ -131,6 +132,10 @@ class WriteError(RankwiseError, OSError):
     """A file could not be written: a full disk, missing rights. What was there is as it was."""
 
 
+class HubError(RankwiseError, OSError):
+    """A model hub refused, or cannot be reached."""
+
+
 class RecipeError(RankwiseError, ValueError):
     """A recipe key or value that is not known."""
 
@@ -152,4 +157,12 @@ class RunLocked(TrainingError):
 
 
 class RunStopped(TrainingError):
-    """The run was asked to stop; it is saved, and can be resumed."""
+    """The run was asked to stop; it is saved, and can be resumed.
+
+    Attributes:
+        signal: the number of the signal that asked.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rankwise.errors import SpecError, TargetError
 from rankwise.inits import INITS
 from rankwise.methods import as_plain, name_of, nearest, resolve, row
+from rankwise.other_names import ADAPTER, hint
 from rankwise.patterns import check_expressions
 from rankwise.scaling import SCALINGS, Scaling
 from rankwise.variants import VARIANTS
@@ -78,6 +79,13 @@ class LoRA:
         "frozen", "How a non-zero start is cancelled: a frozen copy (exact) or folded into the base."
     )
     seed: int = option(0, "Seed of the initialisation, the data order and dropout.")
+
+    def __new__(cls, *args: Any, **values: Any) -> "LoRA":
+        """Refuse what is no field, with the name that it has here where another library calls it so."""
+        for name in values.keys() - cls.__dataclass_fields__.keys():
+            told = hint(name, ADAPTER) or nearest(name, cls.__dataclass_fields__)
+            raise SpecError(f"LoRA has no field {name!r}{told}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for f in fields(self):

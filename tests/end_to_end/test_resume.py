@@ -80,6 +80,10 @@ def sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
@@ -120,6 +124,21 @@ def test_evaluations_change_nothing(make, tmp_path):
     often = run.train(make(dropout=0.2, eval_data=make().data, eval_steps=1), SILENT)
     never = run.train(make(dropout=0.2, output_dir=str(tmp_path / "never")), SILENT)
     assert same(often.adapter, never.adapter)
+
+
+def test_the_log_has_every_step_once(make, tmp_path, at_step):
+    at_step(3, sigterm)
+    with pytest.raises(RunStopped):
+        run.train(make(logging_steps=1), SILENT)
+    (tmp_path / "run" / "log.jsonl").write_text("what a killed writer left")
+    console = Console(width=1000, record=True)
+    resumed = run.train(make(logging_steps=1, resume_from_checkpoint=True), console)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert rows == resumed.history
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert all(row["tokens_per_second"] > 0 and row["peak_memory_gib"] > 0 for row in rows if "loss" in row)
+    said = console.export_text()  # of no terminal: a line for each
+    assert re.search(r"step 6/6  loss \d\.\d{4}  gradient norm \S+  learning rate \S+  [\d,]+ tokens/s", said)
 
 
 def test_a_run_killed_after_its_last_step_is_finished(make, tmp_path):
@@ -232,7 +251,12 @@ def test_a_new_run_leaves_the_checkpoints_of_the_one_before(make, tmp_path):
     run.train(make(), SILENT)
     run.train(make(max_steps=2), SILENT)
     assert names(tmp_path / "run") == ["checkpoint-2"]
-    assert names(tmp_path / "run" / "earlier-1") == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    earlier = tmp_path / "run" / "earlier-1"
+    assert names(earlier) == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+    assert json.loads((earlier / "metrics.json").read_text())["steps"] == 6
+    assert {path.name for path in earlier.iterdir()} - set(names(earlier)) == {
+        *("adapter", "loss.png", "report.html", "report.json", "metrics.json", "log.jsonl"),
+    }
     (tmp_path / "run" / "checkpoint-2").rename(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"found none\..* Those of earlier runs are in earlier-1\."):
         run.prepare(run.load(make(resume_from_checkpoint=True), SILENT), SILENT)
@@ -241,27 +265,29 @@ def test_a_new_run_leaves_the_checkpoints_of_the_one_before(make, tmp_path):
 # ----------------------------------------------------------------------------------------------- how a run may be ended
 
 
-def test_sigterm_on_the_command_line_saves_and_has_its_own_exit_code(make, tmp_path, at_step):
+@pytest.mark.parametrize(("ask", "code"), [(sigterm, 143), (ctrl_c, 130)])
+def test_a_signal_on_the_command_line_saves_and_has_its_own_exit_code(make, tmp_path, at_step, ask, code):
     path = tmp_path / "recipe.yaml"
     values = make().model_dump(exclude_defaults=True)
     path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()))
-    before = signal.getsignal(signal.SIGTERM)
-    at_step(3, sigterm)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    at_step(3, ask)
     stopped = CliRunner().invoke(app, ["train", str(path)], env={"COLUMNS": "200"})
-    assert stopped.exit_code == 143, stopped.output
+    assert stopped.exit_code == code, stopped.output
     assert "stopped after step 3 of 6" in " ".join(stopped.output.split())
     assert names(tmp_path / "run") == ["checkpoint-3", "checkpoint-2"]
     assert not (tmp_path / "run" / "adapter").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     resumed = CliRunner().invoke(app, ["train", str(path), "--resume-from-checkpoint", "true"])
     assert resumed.exit_code == 0, resumed.output
 
 
-def test_an_interrupt_leaves_all_whole(make, tmp_path, at_step):
-    def interrupt():
-        raise KeyboardInterrupt
+def test_a_second_ctrl_c_stops_at_once_and_leaves_all_whole(make, tmp_path, at_step):
+    def twice():
+        ctrl_c()
+        ctrl_c()
 
-    at_step(3, interrupt)
+    at_step(3, twice)
     with pytest.raises(KeyboardInterrupt):
         run.train(make(), SILENT)
     with only_writer(tmp_path / "run", SILENT):  # it is free again

@@ -4,6 +4,7 @@ from rankwise.cli import adapter_commands, recipe_commands
 from rankwise.cli.app import app
 
 for command in (
+    recipe_commands.new,
     recipe_commands.train,
     recipe_commands.plan,
     recipe_commands.check,
@@ -15,6 +16,7 @@ for command in (
     adapter_commands.inspect,
     adapter_commands.generate,
     adapter_commands.analyze,
+    adapter_commands.push,
     recipe_commands.study,
     recipe_commands.compare,
     recipe_commands.demo,

@@ -174,6 +174,22 @@ def analyze(
     console.print(f"The page is {page}; its numbers are in {page.with_suffix('.json')}", highlight=False)
 
 
+def push(
+    adapter: Adapter,
+    repository: Annotated[str, typer.Argument(parser=text_of, metavar="USER/NAME", help="Made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="A repository made now is seen by you alone.")] = False,
+) -> None:
+    """Upload an adapter to a model hub, as you are logged in there."""
+    with uncollected():
+        from rankwise.pushing import push as pushed
+        from rankwise.train.model.busy import busy
+
+    console = terminal()
+    with busy(console, "Uploading"):
+        address = pushed(adapter, repository, private=private)
+    console.print(f"The adapter is at {address}", highlight=False)
+
+
 def methods() -> None:
     """List the initialisations, scales, variants, optimizers and ways to combine adapters, with their papers."""
     from rankwise.cli.methods import methods_tables

@@ -20,13 +20,14 @@ from rankwise.cli.terminal import Terminal, check_stderr, error_terminal
 from rankwise.errors import RankwiseError, RunStopped
 from rankwise.files import expand_user, is_text
 
-_STOPPED = 128 + 15  # what a shell reports for SIGTERM
+_STOPPED_BY = 128  # and the number of a signal: what a shell reports for a process that it ended
 
 
 class _Group(TyperGroup):
     """Prints rankwise's own errors as a message with exit code 2; any other error is a bug and shows its trace.
 
-    A run that a SIGTERM stopped, saved, has the exit code that schedulers know for it: 143.
+    A run that a signal stopped, saved, has the exit code that shells and schedulers know for it: 143 for SIGTERM, 130
+    for Ctrl-C.
     """
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +39,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except RunStopped as stopped:
             error_terminal().print(str(stopped), style="yellow", highlight=False)
-            raise typer.Exit(_STOPPED) from None
+            raise typer.Exit(_STOPPED_BY + stopped.signal) from None
         except RankwiseError as error:
             if ctx.params.get("traceback"):
                 raise
@@ -49,7 +50,6 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # --learning_rate, as transformers' users type it, is --learning-rate.
     context_settings={

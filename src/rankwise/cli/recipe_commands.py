@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.app import RecipeFile, place, terminal, uncollected
+from rankwise.cli.app import RecipeFile, path_of, place, terminal, uncollected
 from rankwise.cli.flags import recipe_flags
 from rankwise.train import recipe as recipes
 
@@ -23,6 +23,23 @@ def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
     console = terminal()
     result = run.train(wanted, console)
     console.print(summary(result.metrics, result.adapter, result.page))
+
+
+@recipe_flags
+def new(
+    path: Annotated[Path, typer.Argument(parser=path_of, metavar="RECIPE.yaml", help="The file to write.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take what is offered.")] = False,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Write a first recipe: asks a few questions, less those that flags answer."""
+    from rankwise.cli.new_recipe import answers, write_recipe
+
+    console = terminal()
+    ask = (lambda _, offered: offered) if yes else (lambda question, offered: str(typer.prompt(question, offered)))
+    values = answers(ask, lambda refusal: console.print(refusal, style="yellow"), overrides)
+    write_recipe(values, path)
+    console.print(f"{path} is written. Next: rankwise check {path}, then rankwise train {path}", highlight=False)
 
 
 @recipe_flags

@@ -23,6 +23,7 @@ from rankwise.errors import RecipeError, SpecError
 from rankwise.files import expand_user, is_text
 from rankwise.methods import row
 from rankwise.optim import OPTIMIZERS
+from rankwise.other_names import RUN, hint
 from rankwise.spec import METHOD_FIELDS, LoRA, checked, plain_fields
 from rankwise.train.yaml_text import parse_yaml, read_yaml
 
@@ -62,6 +63,12 @@ class ModelFields(_Section):
     quantization: Literal["none", "nf4", "int8"] = Field(
         "none", description="Keep the base in 4 bits (QLoRA) or 8 bits; needs bitsandbytes."
     )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(value, value)
+
     task: Literal["causal-lm", "classification"] = Field("causal-lm", description="What the model is trained for.")
 
 
@@ -352,7 +359,7 @@ def _problem(name: str, items: list[Any], source: str) -> str:
         option = f"optimizer: {{name: lora-plus, ratio: {items[0]['input']}}}"
         return f"{source}: `lr_ratio` is an option of the optimizer lora-plus; write `{option}`."
     if kind == "extra_forbidden":
-        return f"{source}: `{name}` is not a field of a recipe.{_nearest(name)}"
+        return f"{source}: `{name}` is not a field of a recipe{hint(name, RUN) or _nearest(name)}"
     if kind == "missing":
         about = Recipe.model_fields[name].description
         return f"{source}: `{name}` is missing. {about}"
@@ -374,7 +381,7 @@ def _expectation(message: str) -> str:
 
 def _nearest(name: str) -> str:
     close = difflib.get_close_matches(name, Recipe.model_fields, n=1, cutoff=0.5)
-    return f" Did you mean `{close[0]}`?" if close else " `rankwise train --help` lists the fields."
+    return f". Did you mean `{close[0]}`?" if close else ". `rankwise train --help` lists the fields."
 
 
 def _describe(value: object) -> str:

@@ -9,9 +9,15 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.errors import CheckpointError, SpecMismatch
+from rankwise.train.learning_rate import choice as learning_rate
 from rankwise.train.recipe import Recipe
 from rankwise.train.trainer import checkpoints, exact_resume
 from rankwise.train.trainer.contents import check_contents, steps_done
+from rankwise.train.trainer.run_log import LOG
+from rankwise.train.trainer.trainer import RESULTS
+
+# What a run leaves beside its checkpoints.
+_OF_A_RUN = ("adapter", "loss.png", "report.html", "report.json", RESULTS, LOG, learning_rate.FILE)
 
 
 def choose(recipe: Recipe, console: Console) -> Path | None:
@@ -74,15 +80,17 @@ def tidy(run_dir: str | Path, resumed: Path | None, console: Console) -> None:
     """Ready a run's directory to be written to; call it holding the run's lock.
 
     What a killed writer left half-written goes. Checkpoints after the step that the run starts at belong to another
-    course of it and would be mistaken for its newest: they are moved into a folder of their own. The one that is
-    resumed stays, whatever it is called.
+    course of it and would be mistaken for its newest: they are moved into a folder of their own, and with them, where
+    the run starts anew, whatever else an earlier one left. The one that is resumed stays, whatever it is called.
     """
     checkpoints.clear_leftovers(run_dir)
     start = 0 if resumed is None else steps_done(resumed)
     later = [checkpoint for checkpoint in checkpoints.checkpoints(run_dir) if checkpoints.step_of(checkpoint) > start]
     later = [checkpoint for checkpoint in later if resumed is None or not checkpoint.samefile(resumed)]
-    if later:
+    if resumed is None:
+        later += [path for name in _OF_A_RUN if (path := Path(run_dir) / name).exists()]
+    if any(path.name != LOG for path in later):
         folder = checkpoints.set_aside(Path(run_dir), later)
-        names = ", ".join(checkpoint.name for checkpoint in reversed(later))
+        names = ", ".join(sorted(path.name for path in later))
         moved = f"{names} moved to {folder.name}/"
         console.print(f"{run_dir}: the run starts at step {start}; {moved}", style="yellow")

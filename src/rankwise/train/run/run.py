@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -46,7 +47,8 @@ from rankwise.train.tasks.base import DataSummary, Loaded
 from rankwise.train.trainer.alignment_callback import AlignmentCallback
 from rankwise.train.trainer.progress import ProgressBar, without_dataset_bars
 from rankwise.train.trainer.reshaping_callback import check_steps
-from rankwise.train.trainer.stop_signal import StopOnSigterm
+from rankwise.train.trainer.run_log import RunLog
+from rankwise.train.trainer.stop_signal import StopOnSignal
 from rankwise.train.trainer.trainer import RESULTS, AdapterTrainer
 from rankwise.variants.base import FoldableLayer
 
@@ -189,7 +191,7 @@ def execute(prepared: Prepared, console: Console) -> Result:
     """Train, then write the adapter, its card, the loss curve, the numbers and the page that shows them.
 
     Raises:
-        RunLocked: another process writes to the run's directory. RunStopped: a SIGTERM came; a checkpoint is saved.
+        RunLocked: another process writes to the run's directory. RunStopped: SIGTERM or Ctrl-C came; the run is saved.
     """
     writes = prepared.trainer.is_world_process_zero()
     prepared.trainer.accelerator.wait_for_everyone()  # before the checkpoints that another still looks at are moved
@@ -198,7 +200,7 @@ def execute(prepared: Prepared, console: Console) -> Result:
             resume.tidy(prepared.recipe.output_dir, prepared.checkpoint, console)
         prepared = _at_chosen_rate(prepared, console)
         first = _change(prepared.model)
-        _train(prepared)
+        _train(prepared, console)
         return _written(prepared, first, console)
 
 
@@ -271,18 +273,20 @@ def _write_page(result: Result, first: Adapter | None) -> None:
     write_report(report, result.page)
 
 
-def _train(prepared: Prepared) -> None:
+def _train(prepared: Prepared, console: Console) -> None:
     """Train, and end with an evaluation of the adapter that is saved."""
-    trainer, stop = prepared.trainer, StopOnSigterm()
+    trainer, stop = prepared.trainer, StopOnSignal(console)
     trainer.add_callback(stop)
+    trainer.add_callback(RunLog(Path(prepared.recipe.output_dir), console))
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=None if prepared.checkpoint is None else str(prepared.checkpoint))
         if stop.stopping:
             raise RunStopped(
-                f"{prepared.recipe.output_dir}: SIGTERM came, so the run stopped after step "
-                f"{trainer.state.global_step} of {trainer.state.max_steps} and saved it. Start it again with "
-                "resume_from_checkpoint: true to go on from there."
+                f"{prepared.recipe.output_dir}: {signal.Signals(stop.received).name} came, so the run stopped after "
+                f"step {trainer.state.global_step} of {trainer.state.max_steps} and saved it. Start it again with "
+                "resume_from_checkpoint: true to go on from there.",
+                stop.received,
             )
         evaluated = points(trainer.state.log_history, "eval_loss")[0]
         if trainer.eval_dataset is not None and evaluated[-1] != trainer.state.global_step:

@@ -33,6 +33,7 @@ from rankwise.train.trainer import checkpoints, exact_resume
 from rankwise.train.trainer.contents import loading, steps_done
 from rankwise.train.trainer.optimizer_choice import optimizer_of
 from rankwise.train.trainer.reshaping_callback import ReshapingCallback
+from rankwise.train.trainer.run_log import Throughput
 from rankwise.train.trainer.variant_callback import VariantCallback
 
 RESULTS = "metrics.json"  # of a run that is through: the last file that it writes
@@ -62,6 +63,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             super().__init__(model=model, **kwargs)
         self.remove_callback(PrinterCallback)
         self.add_callback(VariantCallback())
+        self._throughput = Throughput()
+        self.add_callback(self._throughput)
         if recipe.reshapes:
             self.add_callback(ReshapingCallback(self))
 
@@ -151,10 +154,15 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         step, batch = self._at
         self._at = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
         self._batch_shape = tuple(inputs["input_ids"].shape)
+        self._throughput.saw(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise Diverged(self._not_finite("loss", loss, self._samples(self._at[1])))
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As transformers does, with the speed and the memory beside a training loss."""
+        super().log(logs | (self._throughput.take() if "loss" in logs else {}), *args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradients; one that is not finite stops the run before they reach the weights."""
