@@ -81,6 +81,46 @@ def losses(runs: Mapping[str, History], unit: str) -> Panel:
     return Panel(f"Loss ({unit})", reading, svg("losses", "Loss against optimizer step", (8, 3.6), draw))
 
 
+# Title → the logged quantities that are drawn beside each other: (key, its axis).
+_OF_TRAINING = {
+    "Learning rate and gradient norm": (("learning_rate", "learning rate"), ("grad_norm", "gradient norm")),
+    "Speed and memory": (("tokens_per_second", "tokens a second"), ("peak_memory_gib", "peak memory (GiB)")),
+}
+_READINGS = {
+    "Learning rate and gradient norm": "The norm is that before clipping. Spikes that the loss has too ask for a lower "
+    "rate or a look at the samples.",
+    "Speed and memory": "Of one process, evaluations and checkpoints left out; the memory is the most held so far.",
+}
+
+
+def training(runs: Mapping[str, History]) -> list[Panel]:
+    """How the training went, beside its loss; nothing of runs that did not log it."""
+    panels = []
+    for title, quantities in _OF_TRAINING.items():
+        if all(points(history, key)[0] for history in runs.values() for key, _ in quantities) and runs:
+            drawing = svg(
+                title.split()[0].lower(), f"{title} against optimizer step", (8, 2.6), _beside(runs, quantities)
+            )
+            panels.append(Panel(title, _READINGS[title], drawing))
+    return panels
+
+
+def _beside(runs: Mapping[str, History], quantities: Sequence[tuple[str, str]]) -> Callable[[Figure], None]:
+    def draw(figure: Figure) -> None:
+        for axes, (key, label) in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
+            for i, (name, history) in enumerate(runs.items()):
+                axes.plot(*points(history, key), color=series(i), linewidth=1.4, label=plain(name))
+            axes.set(xlabel="optimizer step", ylabel=label)
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(linewidth=0.6)
+        if len(runs) > 1:
+            axes.legend(frameon=False)
+
+    return draw
+
+
 def _evaluated(history: History) -> bool:
     return bool(points(history, "eval_loss")[1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,7 +50,9 @@ class Report:
     """Everything that a page shows.
 
     Attributes:
+        verdict: the page's first sentences.
         headline: label → the few figures at the top.
+        data: label → text: what was trained on.
         runs: name → what its trainer logged.
         over_run: the alignment along the run; empty where it was not measured.
         samples: (prompt, before, after, reference or "").
@@ -59,7 +62,9 @@ class Report:
 
     title: str
     adapters: Sequence[AdapterPart]
+    verdict: Sequence[str] = ()
     headline: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
     similarities: Sequence[Similarity] = ()
     runs: Mapping[str, History] = field(default_factory=dict)
     loss_unit: str = "nats per token"
@@ -101,6 +106,7 @@ def write_page(html: Path, text: str, numbers: Mapping[str, Any]) -> Path:
 def render(report: Report) -> str:
     """The page as HTML."""
     run_panels = [figures.losses(report.runs, report.loss_unit)] if report.runs else []
+    run_panels += figures.training(report.runs)
     if len(report.over_run) > 1:
         run_panels.append(figures.alignment_over_run(report.over_run))
     between = [
@@ -110,7 +116,9 @@ def render(report: Report) -> str:
     ]
     return page(
         report.title,
+        verdict=report.verdict,
         headline=report.headline,
+        data=report.data,
         sections=[
             ("Training", run_panels),
             *(
@@ -132,11 +140,23 @@ def page(title: str, *, sections: Sequence[tuple[str, Sequence[Panel]]], **conte
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rankwise.report", "."), undefined=jinja2.StrictUndefined, autoescape=True
     )
+    environment.filters["anchor"] = _anchor
     shown = [(heading, panels) for heading, panels in sections if panels]
     defaults: dict[str, Any] = {
-        "headline": {}, "samples": (), "adapters": (), "configuration": "", "versions": {}, "notes": ()
+        "verdict": (), "headline": {}, "data": {}, "samples": (), "adapters": (),
+        "configuration": "", "versions": {}, "notes": (),
     }  # fmt: skip
-    return environment.get_template("page.html.jinja").render(title=title, sections=shown, **{**defaults, **content})
+    content = defaults | content
+    contents = [(_anchor(heading), heading) for heading, _ in shown]
+    contents += [("samples", "Samples")] if content["samples"] else []
+    contents += [("engines", "Engines")] if any(adapter.engines for adapter in content["adapters"]) else []
+    contents += [("configuration", "Configuration and files")]
+    return environment.get_template("page.html.jinja").render(title=title, sections=shown, contents=contents, **content)
+
+
+def _anchor(heading: str) -> str:
+    """What a link to a section is called."""
+    return "-".join(re.findall(r"\w+", heading.lower()))
 
 
 def _section_title(report: Report, part: AdapterPart) -> str:

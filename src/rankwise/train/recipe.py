@@ -174,6 +174,9 @@ class AnalysisFields(_Section):
     alignment_steps: Positive | None = Field(
         None, description="Steps between two looks at how far the adapter's step agrees with full fine-tuning's."
     )
+    beside: UserPath | None = Field(
+        None, description="Directory of an earlier run, to be shown beside this one on its page."
+    )
 
 
 class OptimizerFields(_Section):

@@ -8,6 +8,7 @@ from rankwise.errors import RecipeError
 from rankwise.reshaping import check_narrowable, check_restartable
 from rankwise.train.model.busy import busy
 from rankwise.train.recipe import Recipe
+from rankwise.train.run.beside import earlier_run
 from rankwise.train.run.tables import plan_table
 from rankwise.train.tasks.base import Loaded, Task, spec_of
 from rankwise.train.tasks.causal_lm import CausalLM
@@ -22,11 +23,13 @@ def load(recipe: Recipe, console: Console) -> Loaded:
     """The model, and which of its layers the recipe adapts.
 
     Raises:
-        SpecError, RecipeError: an option of the adapter or the optimizer, or a tracker. TargetError: layers that do not
-            fit.
+        SpecError, RecipeError: an option of the adapter or the optimizer, a tracker or an earlier run. TargetError:
+            layers that do not fit.
     """
     check_method(recipe)
     check_trackers(recipe.report_to)
+    if recipe.beside is not None:
+        earlier_run(recipe.beside)
     with busy(console, "Loading the model"):
         return TASKS[recipe.task].load(recipe)
 

@@ -36,6 +36,7 @@ from rankwise.train.model.busy import busy
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
 from rankwise.train.run import adapter_start, lock, resume
+from rankwise.train.run.beside import EarlierRun, earlier_run
 from rankwise.train.run.card import save_model_card
 from rankwise.train.run.loading import TASKS as TASKS
 from rankwise.train.run.loading import load as load
@@ -60,6 +61,7 @@ class Prepared:
     Attributes:
         search: of a learning rate that is still to be chosen.
         choice: how the rate was chosen, where it was.
+        earlier: the run that its page shows beside it.
     """
 
     loaded: Loaded
@@ -73,6 +75,7 @@ class Prepared:
     checkpoint: Path | None = None
     search: Search | None = None
     choice: Choice | None = None
+    earlier: EarlierRun | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -161,7 +164,8 @@ def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Da
             trainer.add_callback(alignment)
     for warning in (*warnings, *summary.warnings):
         console.print(warning, style="yellow")
-    return Prepared(loaded, trainer, batches, data.eval, bar, summary, alignment)
+    earlier = None if recipe.beside is None else earlier_run(recipe.beside)
+    return Prepared(loaded, trainer, batches, data.eval, bar, summary, alignment, earlier=earlier)
 
 
 def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
@@ -265,6 +269,9 @@ def _write_page(result: Result, first: Adapter | None) -> None:
         directory=result.adapter,
         history=result.history,
         loss_unit=TASKS[recipe.task].loss_unit,
+        layers=len(prepared.loaded.sites),
+        data=prepared.summary.facts,
+        earlier=prepared.earlier,
         metrics=result.metrics,
         sample=result.sample,
         choice=prepared.choice,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from rankwise.report.page import Alignments, Report
 from rankwise.train.learning_rate.choice import Choice
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
+from rankwise.train.run.beside import EarlierRun
 from rankwise.train.run.report_parts import adapter_part, low_rank_part_only, texts, versions
 from rankwise.train.run.tables import squeeze_text
+from rankwise.train.run.verdict import verdict
 
 
 def run_report(
@@ -31,9 +34,12 @@ def run_report(
     directory: Path,
     history: History,
     loss_unit: str,
+    layers: int,
+    data: Mapping[str, str],
     metrics: dict[str, Any],
     sample: Sample | None,
     choice: Choice | None,
+    earlier: EarlierRun | None,
     over_run: Alignments,
 ) -> Report:
     """What a run that has just ended did.
@@ -41,7 +47,10 @@ def run_report(
     Args:
         first, last: the adapter before its first step, and now; None where it changes no weight.
         directory: where it lies.
+        layers: how many are adapted.
+        data: label → text: what was trained on.
         choice: how the learning rate was chosen; None where the recipe names it.
+        earlier: the run that is shown beside it.
         over_run: the alignment as it was measured along the run.
     """
     states = {"the start": first, "the end": last} if first and last else {}
@@ -50,9 +59,11 @@ def run_report(
     return Report(
         title=title,
         adapters=[adapter_part("adapter", directory, spec, sites, over_run.get(max(over_run, default=0)))],
+        verdict=[*verdict(recipe, metrics, history, layers), *(earlier.compared(metrics) if earlier else [])],
         headline=_headline(recipe, metrics),
+        data=data,
         similarities=similarities(states),
-        runs={"run": history},
+        runs={"run": history} | ({earlier.name: earlier.history} if earlier else {}),
         loss_unit=loss_unit,
         over_run=over_run,
         samples=[] if sample is None else [texts(sample)],

@@ -24,6 +24,7 @@ _MAY_CHANGE = {
     "eval_data", "eval_split", "max_eval_samples", "per_device_eval_batch_size", "eval_steps",
     "init_memory", "init_cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to",
     "resume_from_checkpoint", "resume_anyway", "dataloader_num_workers", "alignment_steps", "rate_probe_steps",
+    "beside",
 }  # fmt: skip
 _SAMPLED = 16
 _PACKAGES = ("rankwise", "torch", "transformers", "trl", "accelerate")
