@@ -114,6 +114,7 @@ if TYPE_CHECKING:
         rank: int
         target_modules: str | list[str]
         exclude_modules: str | list[str]
+        init: Method
         variant: Method
         modules_to_save: list[str]
         seed: int

@@ -63,7 +63,7 @@ def run_report(
         headline=_headline(recipe, metrics),
         data=data,
         similarities=similarities(states),
-        runs={"run": history} | ({earlier.name: earlier.history} if earlier else {}),
+        runs={"this run": history, earlier.name: earlier.history} if earlier else {"run": history},
         loss_unit=loss_unit,
         over_run=over_run,
         samples=[] if sample is None else [texts(sample)],
