@@ -51,11 +51,20 @@ def plan(
     parameters: Annotated[
         int | None, typer.Option(help="With --advise: trained parameters to share out; default: as planned.")
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Say how much memory the run will take. Loads no weights.")
+    ] = False,
     *,
     overrides: dict[str, Any],
 ) -> None:
     """Show which layers a recipe adapts, and with how many parameters. Trains nothing."""
     wanted = recipes.load(recipe, overrides)
+    if memory:
+        with uncollected():
+            from rankwise.train.run.memory import memory_table, plan_memory
+
+        terminal().print(memory_table(plan_memory(wanted)))
+        return
     with uncollected():
         from rankwise.train.run.loading import load, show_plan
 
