@@ -101,12 +101,12 @@ def held(engine) -> int:
 
 
 def test_greedy_answers_are_transformers_own(engine, folder):
-    """Thirty requests at unequal times, over five adapters of which three fit into memory, and the base."""
+    """Twenty requests at unequal times, over five adapters of which three fit into memory, and the base."""
     draws = random.Random(0)
     model = base_model(folder)
     names = ["base", *(f"a{number}" for number in range(COUNT))]
     asked = []
-    for number in range(30):
+    for number in range(20):
         prompt = [draws.randrange(4, 200) for _ in range(draws.randint(1, 20))]
         name, length = draws.choice(names), draws.randint(1, 24)
         asked.append((name, prompt, length, Asked(engine, prompt, name, max_tokens=length)))
@@ -120,7 +120,7 @@ def test_greedy_answers_are_transformers_own(engine, folder):
         expected = alone(model, adapter, prompt, length)
         assert answer.tokens() == expected, (name, prompt)
         said.add(tuple(expected[:3]))
-    assert len(said) > 10, "the answers are too alike to show anything"
+    assert len(said) > 8, "the answers are too alike to show anything"
     assert until(lambda: is_idle(engine))
     assert held(engine) == len(engine.store.loaded) <= OPTIONS.max_adapters
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rankwise.files import is_text
+
 # Fields that change nothing of an answer.
 _PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields of OpenAI's and vLLM's that are not done here, each with the values that ask for nothing.
@@ -37,8 +39,12 @@ class _Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
-        """A field that is null is as good as absent."""
-        return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
+        """A field that is null is as good as absent; halves of characters, which JSON can spell, are none."""
+        if not isinstance(fields, dict):
+            return fields
+        if not is_text(fields):
+            raise ValueError("expected text, found a NUL character or half of a surrogate pair in it: leave it out")
+        return {name: value for name, value in fields.items() if value is not None}
 
     @model_validator(mode="after")
     def _asks_for_what_is_done(self) -> _Form:
