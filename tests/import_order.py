@@ -36,6 +36,7 @@ LAYERS = (
     ("train", "converting", "pushing"),
     ("trials",),
     ("studies", "compare"),
+    ("serve",),
     ("cli",),
     ("__main__",),
 )

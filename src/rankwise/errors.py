@@ -16,6 +16,7 @@ RankwiseError
 │   ├── UnsupportedAdapter  well-formed, but of a kind that is not read here
 │   ├── UnsafeFile          a pickle, code, or a link out of the directory: refused, never opened
 │   ├── BaseMismatch        written for another base model
+│   ├── AdapterTooLarge     takes more memory than is set aside for adapters
 │   └── SpecMismatch        a run's state that was saved with another spec
 ├── MergeError              folding would lose or corrupt something
 ├── PretrainedError         no pretrained model can be loaded under that name
@@ -24,6 +25,13 @@ RankwiseError
 ├── WriteError              a file could not be written: a full disk, missing rights
 ├── HubError                a model hub refused, or cannot be reached
 ├── RecipeError             a recipe key or value that is not known
+├── ServingError            a request that gets no answer
+│   ├── RequestError        malformed, beyond a limit, or asks for what is not done here
+│   ├── UnknownModel        nothing is served under that name
+│   ├── Unauthorized        no API key, or a wrong one
+│   ├── Overloaded          too many requests wait, or all adapters in memory are in use
+│   ├── ServerStopping      no new requests are taken
+│   └── AnswerFailed        the model could not go on
 └── TrainingError           a run that cannot go on
     ├── Diverged            a loss, gradient or weight that is not finite any more
     ├── OutOfMemory         a step did not fit into memory
@@ -108,6 +116,10 @@ class BaseMismatch(CheckpointError):
     """The adapter was written for another base model."""
 
 
+class AdapterTooLarge(CheckpointError):
+    """The adapter takes more memory than is set aside for adapters."""
+
+
 class SpecMismatch(CheckpointError):
     """A run's state was saved with another spec than the one it is to go on with."""
 
@@ -138,6 +150,34 @@ class HubError(RankwiseError, OSError):
 
 class RecipeError(RankwiseError, ValueError):
     """A recipe key or value that is not known."""
+
+
+class ServingError(RankwiseError):
+    """A request to ``rankwise serve`` that gets no answer."""
+
+
+class RequestError(ServingError, ValueError):
+    """A request that is malformed, goes beyond a limit, or asks for what is not done here."""
+
+
+class UnknownModel(ServingError, LookupError):
+    """Nothing is served under that name."""
+
+
+class Unauthorized(ServingError):
+    """A request without the API key, or with a wrong one."""
+
+
+class Overloaded(ServingError):
+    """Too many requests wait, or all adapters in memory are in use: ask again later."""
+
+
+class ServerStopping(ServingError):
+    """The server finishes what it has, and takes no new requests."""
+
+
+class AnswerFailed(ServingError, RuntimeError):
+    """The model could not go on with an answer."""
 
 
 class TrainingError(RankwiseError, RuntimeError):

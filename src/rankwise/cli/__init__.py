@@ -1,6 +1,6 @@
 """The command line: parse, make a spec or a recipe, call once. The commands, in the order of ``--help``."""
 
-from rankwise.cli import adapter_commands, recipe_commands
+from rankwise.cli import adapter_commands, recipe_commands, serving_commands
 from rankwise.cli.app import app
 
 for command in (
@@ -15,6 +15,8 @@ for command in (
     adapter_commands.extract,
     adapter_commands.inspect,
     adapter_commands.generate,
+    serving_commands.chat,
+    serving_commands.serve,
     adapter_commands.analyze,
     adapter_commands.push,
     recipe_commands.study,
