@@ -16,8 +16,7 @@ import rankwise as rw
 from rankwise.algebra import Approximation
 from rankwise.disk import whole_directory
 from rankwise.errors import CheckpointError, SpecError
-from rankwise.exporting.export import Export, check_new, needs_weights
-from rankwise.inspection.engines import ENGINES
+from rankwise.exporting.export import Export, Order, check_new
 from rankwise.train.data.labels import read_labels, save_labels
 from rankwise.train.yaml_text import parse_yaml
 
@@ -103,15 +102,14 @@ def save_export(adapter: Path, engine: str, base: str | None, out: Path | None, 
             written then.
     """
     target = adapter.with_name(f"{adapter.resolve().name}-{engine}") if out is None else out
-    (judged,) = rw.doctor(adapter, engine)
-    helped = any(finding.remedy == "base" for finding in judged.findings)
-    layout = skeleton_of(adapter, base) if helped or ENGINES[engine].format != "peft" else None
-    if not needs_weights(adapter, engine, layout, **limits):
-        return rw.export(adapter, engine, target, base=layout, **limits)
+    check_new(target)
+    order = Order.of(adapter, engine, **limits)
+    layout = skeleton_of(adapter, base) if order.needs_layers else None
+    if not order.needs_weights(layout):
+        return order.write(target, layout)
     from rankwise.train.model.merged import load_base  # with transformers
 
-    model, tokenizer = load_base(adapter, base)
-    return rw.export(adapter, engine, target, base=model, tokenizer=tokenizer, **limits)
+    return order.write(target, *load_base(adapter, base))
 
 
 def skeleton_of(adapter: Path, base: str | None) -> Any:

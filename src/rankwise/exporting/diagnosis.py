@@ -9,7 +9,7 @@ from rankwise.errors import BrokenFile, SpecError
 from rankwise.exporting.base import base_facts
 from rankwise.inspection.engines import ENGINES, verdict
 from rankwise.inspection.engines.rules import Case, Engine
-from rankwise.inspection.facts import Verdict
+from rankwise.inspection.facts import Inspection, Verdict
 from rankwise.inspection.inspection import inspect
 from rankwise.methods import nearest
 
@@ -29,7 +29,7 @@ def doctor(
         SpecError: there is no such engine. BrokenFile: no such directory, or one that :func:`rankwise.load` refuses.
     """
     chosen = [engine_named(name) for name in ([engines] if isinstance(engines, str) else engines)]
-    case = case_of(Path(directory), base)
+    case = Case(facts_of(Path(directory)), None if base is None else base_facts(base))
     return tuple(verdict(engine, case) for engine in chosen)
 
 
@@ -44,14 +44,14 @@ def engine_named(name: str) -> Engine:
     return ENGINES[name]
 
 
-def case_of(folder: Path, base: nn.Module | None) -> Case:
-    """An adapter's directory, and its base, as rules look at them.
+def facts_of(folder: Path) -> Inspection:
+    """What is in an adapter's directory that can be loaded.
 
     Raises:
-        BrokenFile: it cannot be read, or is too large to be looked at.
+        BrokenFile: it cannot, or is too large to be looked at.
     """
     facts = inspect(folder)
     if not facts.engines:
-        problem = facts.problems[0] if facts.problems else "is too large to be looked at"
+        problem = facts.problems[0] if facts.problems else "it is too large to be looked at"
         raise BrokenFile(f"{folder}: expected an adapter that can be loaded: {problem}")
-    return Case(facts, None if base is None else base_facts(base))
+    return facts

@@ -15,9 +15,9 @@ from rankwise.combining import combine
 from rankwise.disk import whole_directory
 from rankwise.errors import AttachError, CheckpointError, UnsupportedAdapter
 from rankwise.exporting.base import base_facts, heads
-from rankwise.exporting.diagnosis import case_of, engine_named
+from rankwise.exporting.diagnosis import engine_named, facts_of
 from rankwise.exporting.gguf_adapter import write_gguf
-from rankwise.exporting.mlx_adapter import write_mlx
+from rankwise.exporting.mlx_adapter import state_rope_theta, write_mlx
 from rankwise.exporting.portable import common_rank, portable_profile, with_zero_pairs
 from rankwise.files import check_directory_name
 from rankwise.format.peft import read_adapter, write_adapter
@@ -25,11 +25,12 @@ from rankwise.format.save_load import load, portable
 from rankwise.inspection.engines import described
 from rankwise.inspection.engines.rules import Case, Engine, Format
 from rankwise.inspection.engines.sglang import STACKED
-from rankwise.inspection.facts import Finding
+from rankwise.inspection.facts import Finding, Inspection, Remedy
 from rankwise.sites import ADAPTED
 
 README, MODELFILE, GGUF = "README.txt", "Modelfile", "adapter.gguf"
-_NEEDS_BASE = ("base", "nearest", "merge")  # remedies
+_MERGED: tuple[Remedy, ...] = ("nearest", "merge")
+_NEEDS_BASE: tuple[Remedy, ...] = ("base", *_MERGED)
 
 
 @runtime_checkable
@@ -93,55 +94,130 @@ def export(
         CheckpointError: ``out`` holds files, or the adapter cannot be read. MergeError: it cannot be merged.
         AttachError: the base carries adapters. WriteError: the system refuses. Nothing is written on any of these.
     """
-    chosen, folder, target = engine_named(engine), Path(directory), Path(out)
-    check_limits("export", rank, error)
-    check_new(target)
-    _check_plain(base)
-    case = case_of(folder, base)
-    limited = rank is not None or error is not None
-    findings = [finding for finding in chosen.findings(case) if not (limited and finding.remedy == "nearest")]
-    _check_possible(chosen, folder, findings, base)
-    if base is not None and any(finding.remedy in ("nearest", "merge") for finding in findings):
-        start = _start(chosen.start_merged, target, case)
-        with whole_directory(target) as place:
-            _write_merged(folder, base, place, most_lost)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(place)
-            if chosen.format == "ollama":
-                (place / MODELFILE).write_text("FROM .\n", encoding="utf-8")
-            _write_readme(place, chosen, start, findings)
-        return Export(chosen.label, target, "merged checkpoint", start)
-    adapter, lost = _adapter(folder, case, base), 0.0
-    if limited:
-        approximation = combine([(adapter, 1.0)], "svd", rank, error, base=base)
-        adapter, lost = replace(approximation.adapter, base_model=adapter.base_model), approximation.error
-    if chosen.label == "SGLang" and base is not None:
-        adapter = with_zero_pairs(adapter, base, STACKED)
-    start = _start(chosen.start, target, case, common_rank(adapter))
-    with whole_directory(target) as place:
-        _WRITERS[chosen.format](adapter, base, place)
-        _write_readme(place, chosen, start, findings)
-    return Export(chosen.label, target, "adapter", start, lost)
+    return Order.of(directory, engine, rank, error).write(out, base, tokenizer, most_lost)
 
 
-def needs_weights(
-    directory: str | Path,
-    engine: str,
-    base: nn.Module | None = None,
-    *,
-    rank: int | None = None,
-    error: float | None = None,
-) -> bool:
-    """Whether :func:`export` needs the weights of the base, which may be given here on the meta device.
+@dataclass(frozen=True)
+class Order:
+    """An export that is asked for: the adapter is looked at, and what the engine needs of its base can be said.
 
-    Raises:
-        SpecError, BrokenFile: see :func:`export`.
+    Attributes:
+        folder: the adapter's.
+        facts: what is in it.
+        rank, error: of the nearest LoRA, where that is asked for.
     """
-    case = case_of(Path(directory), base)
-    remedies = {finding.remedy for finding in engine_named(engine).findings(case)}
-    dora = case.facts.spec is not None and case.facts.spec["variant"] == "dora"
-    limited = rank is not None or error is not None
-    return case.facts.relative_to is not None or "merge" in remedies or (dora if limited else "nearest" in remedies)
+
+    engine: Engine
+    folder: Path
+    facts: Inspection
+    rank: int | None = None
+    error: float | None = None
+
+    @classmethod
+    def of(cls, directory: str | Path, engine: str, rank: int | None = None, error: float | None = None) -> "Order":
+        """Look at the adapter.
+
+        Raises:
+            SpecError, BrokenFile: see :func:`export`.
+        """
+        check_limits("export", rank, error)
+        return cls(engine_named(engine), Path(directory), facts_of(Path(directory)), rank, error)
+
+    @property
+    def limited(self) -> bool:
+        """Whether the nearest LoRA is asked for."""
+        return self.rank is not None or self.error is not None
+
+    def findings(self, base: nn.Module | None) -> list[Finding]:
+        """What the engine would not read right, but for what the nearest LoRA does away with."""
+        found = self.engine.findings(Case(self.facts, None if base is None else base_facts(base)))
+        return [finding for finding in found if not (self.limited and finding.remedy == "nearest")]
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether the base is needed, if only on the meta device."""
+        return self.engine.format != "peft" or any(finding.remedy in _NEEDS_BASE for finding in self.findings(None))
+
+    def needs_weights(self, base: nn.Module | None) -> bool:
+        """Whether the base's weights are needed as well, and not only its layers, which are given here."""
+        dora = self.facts.spec is not None and self.facts.spec["variant"] == "dora"
+        merged = any(finding.remedy in _MERGED for finding in self.findings(base))
+        return merged or self.facts.relative_to is not None or (self.limited and dora)
+
+    def write(
+        self,
+        out: str | Path,
+        base: nn.Module | None = None,
+        tokenizer: SavesItself | None = None,
+        most_lost: float = MOST_LOST,
+    ) -> Export:
+        """Write it: see :func:`export`."""
+        target, findings = Path(out), self.findings(base)
+        check_new(target)
+        self._check_possible(findings, base)
+        if any(finding.remedy in _MERGED for finding in findings):
+            start = self._start(self.engine.start_merged, target)
+            with whole_directory(target) as place:
+                _write_merged(self.folder, base, place, most_lost)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(place)
+                if self.engine.format == "ollama":
+                    (place / MODELFILE).write_text("FROM .\n", encoding="utf-8")
+                if self.engine.format == "mlx":
+                    state_rope_theta(place)
+                self._write_readme(place, start, findings)
+            return Export(self.engine.label, target, "merged checkpoint", start)
+        adapter, lost = self._adapter(base)
+        start = self._start(self.engine.start, target, common_rank(adapter))
+        with whole_directory(target) as place:
+            _WRITERS[self.engine.format](adapter, base, place)
+            self._write_readme(place, start, findings)
+        return Export(self.engine.label, target, "adapter", start, lost)
+
+    def _check_possible(self, findings: Sequence[Finding], base: nn.Module | None) -> None:
+        if base is not None and ADAPTED in vars(base):
+            raise AttachError(
+                "export: the base carries adapters; expected the pretrained model: rankwise.detach(model)"
+            )
+        for finding in findings:
+            if finding.remedy == "none":
+                raise UnsupportedAdapter(f"{self.folder}: {self.engine.label} {described(finding)}")
+            if finding.remedy in _NEEDS_BASE and base is None:
+                raise UnsupportedAdapter(
+                    f"{self.folder}: {self.engine.label} {described(finding)}; expected the base model for that: "
+                    f"base=, or --base"
+                )
+        if self.engine.format != "peft" and base is None:
+            raise UnsupportedAdapter(
+                f"{self.folder}: {self.engine.label} calls layers by names that depend on the base; expected the base "
+                f"model: base=, or --base"
+            )
+
+    def _adapter(self, base: nn.Module | None) -> tuple[Adapter, float]:
+        """The adapter as changes of the pretrained weights, and what was lost on the way."""
+        lost = 0.0
+        if self.facts.relative_to is None or base is None:
+            adapter = read_adapter(self.folder)
+        else:
+            try:
+                adapter = replace(portable(load(base, self.folder)), base_model=self.facts.base_model)
+            finally:
+                _take_off(base)
+        if self.limited:
+            nearest = combine([(adapter, 1.0)], "svd", self.rank, self.error, base=base)
+            adapter, lost = replace(nearest.adapter, base_model=adapter.base_model), nearest.error
+        if self.engine.label == "SGLang" and base is not None:
+            adapter = with_zero_pairs(adapter, base, STACKED)
+        return adapter, lost
+
+    def _start(self, command: str, out: Path, rank: int = 0) -> str:
+        return command.format(out=out, base=self.facts.base_model or "BASE", rank=rank)
+
+    def _write_readme(self, place: Path, start: str, findings: Sequence[Finding]) -> None:
+        lines = [f"For {self.engine.label} ({self.engine.version}), written by rankwise export.", "", start]
+        if findings:
+            lines += ["", "As the adapter stood, the engine", *(f"- {described(finding)}" for finding in findings)]
+        (place / README).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def check_new(out: Path) -> None:
@@ -153,37 +229,6 @@ def check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: expected a new or empty directory, found files in it; choose another")
     check_directory_name(out)
-
-
-def _check_plain(base: nn.Module | None) -> None:
-    if base is not None and ADAPTED in vars(base):
-        raise AttachError("export: the base carries adapters; expected the pretrained model: rankwise.detach(model)")
-
-
-def _check_possible(engine: Engine, folder: Path, findings: Sequence[Finding], base: nn.Module | None) -> None:
-    for finding in findings:
-        if finding.remedy == "none":
-            raise UnsupportedAdapter(f"{folder}: {engine.label} {described(finding)}")
-        if finding.remedy in _NEEDS_BASE and base is None:
-            raise UnsupportedAdapter(
-                f"{folder}: {engine.label} {described(finding)}; expected the base model for that: base=, or --base"
-            )
-    if engine.format in ("gguf", "ollama", "mlx") and base is None:
-        raise UnsupportedAdapter(
-            f"{folder}: {engine.label} calls layers by names that depend on the base; expected the base model: base=, "
-            f"or --base"
-        )
-
-
-def _adapter(folder: Path, case: Case, base: nn.Module | None) -> Adapter:
-    """The adapter, as changes of the pretrained weights."""
-    if case.facts.relative_to is None or base is None:
-        return read_adapter(folder)
-    try:
-        adapter = portable(load(base, folder))
-    finally:
-        _take_off(base)
-    return replace(adapter, base_model=case.facts.base_model)
 
 
 def _write_merged(folder: Path, base: Any, place: Path, most_lost: float) -> None:
@@ -227,14 +272,3 @@ _WRITERS: dict[Format, Callable[[Adapter, nn.Module | None, Path], None]] = {
     "ollama": _write_ollama,
     "mlx": _write_mlx,
 }
-
-
-def _start(command: str, out: Path, case: Case, rank: int = 0) -> str:
-    return command.format(out=out, base=case.facts.base_model or "BASE", rank=rank)
-
-
-def _write_readme(place: Path, engine: Engine, start: str, findings: Sequence[Finding]) -> None:
-    lines = [f"For {engine.label} ({engine.version}), written by rankwise export.", "", start]
-    if findings:
-        lines += ["", "As it stood, the engine", *(f"- {described(finding)}" for finding in findings)]
-    (place / README).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from torch import Tensor
 from rankwise.adapter import Adapter
 from rankwise.disk import json_bytes
 from rankwise.exporting.portable import padded
+from rankwise.files import read_json
 from rankwise.inspection.engines.architectures import mlx_name
 from rankwise.inspection.engines.rules import BaseFacts
 from rankwise.tensor_files import tensor_bytes
@@ -38,3 +39,18 @@ def write_mlx(adapter: Adapter, base: BaseFacts, folder: Path) -> None:
     }
     (folder / _TENSORS).write_bytes(tensor_bytes(folder / _TENSORS, tensors))
     (folder / _CONFIG).write_bytes(json_bytes(config))
+
+
+def state_rope_theta(folder: Path) -> None:
+    """Say in a checkpoint's ``config.json`` what mlx-lm reads of its rotary embeddings.
+
+    transformers 5 writes ``rope_parameters``, which most of mlx-lm's models do not read: they fall back to a base of
+    their own, 10,000 for a llama, without a word.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    rope = config.get("rope_parameters") or {}
+    stated = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        stated["rope_scaling"] = rope
+    path.write_bytes(json_bytes({**stated, **config}))
