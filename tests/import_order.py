@@ -31,7 +31,7 @@ LAYERS = (
     ("adapted", "combinations"),
     ("pair", "evidence", "format", "routing"),
     ("inspection", "attaching", "squeezing", "combining", "extracting"),
-    ("optim", "analysis", "reshaping"),
+    ("optim", "analysis", "reshaping", "exporting"),
     ("report",),
     ("train", "converting", "pushing"),
     ("trials",),

@@ -6,6 +6,8 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.attaching import activate, attach, detach, disabled, trainable_parameters
 from rankwise.errors import RankwiseError
 from rankwise.evidence import activations, covariances, gradients, weights
+from rankwise.exporting.diagnosis import doctor
+from rankwise.exporting.export import export
 from rankwise.format.peft import read_adapter as read
 from rankwise.format.peft import write_adapter as write
 from rankwise.format.save_load import load, save
@@ -31,8 +33,10 @@ __all__ = [
     "covariances",
     "detach",
     "disabled",
+    "doctor",
     "errors",
     "evidence",
+    "export",
     "gradients",
     "inits",
     "load",

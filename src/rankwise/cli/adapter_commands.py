@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ import typer
 
 from rankwise.cli.app import Adapter, Adapters, Base, place, terminal, text_of, uncollected
 from rankwise.files import expand_user
+
+_ENGINES = "peft, vllm, sglang, llama.cpp, ollama, mlx"  # of rankwise.inspection.engines, which takes time to import
 
 
 def merge(
@@ -91,6 +94,77 @@ def extract(
 
     extracted = save_extracted(fine_tuned, base, out, rank=rank, error=error, modules_to_save=modules_to_save or ())
     terminal().print(value_table("Extracted", extracted, out))
+
+
+def convert(
+    adapter: Adapter,
+    out: Annotated[Path, place("Directory for the LoRA; must not hold files yet.")],
+    rank: Annotated[int | None, typer.Option(help="Rank of every layer.")] = None,
+    error: Annotated[float | None, typer.Option(help="Share of each layer's change that may be lost.")] = None,
+    base: Base = None,
+) -> None:
+    """Turn an adapter of any of PEFT's kinds (LoHa, LoKr, OFT, VeRA, DoRA ...) into the nearest LoRA."""
+    with uncollected():
+        from rankwise.cli.values import save_converted, value_table
+
+    converted = save_converted(adapter, base, out, rank=rank, error=error)
+    terminal().print(value_table("Converted", converted, out))
+
+
+def export(
+    adapter: Adapter,
+    engine: Annotated[str, typer.Option("--for", metavar="ENGINE", help=f"One of {_ENGINES}.")],
+    out: Annotated[Path | None, place("Directory to write; must not hold files yet. Default: ADAPTER-ENGINE.")] = None,
+    base: Base = None,
+    rank: Annotated[int | None, typer.Option(help="Write the nearest plain LoRA of this rank instead.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Or the nearest that loses this share of each layer's change.")
+    ] = None,
+) -> None:
+    """Write an adapter as an engine reads it right: in its format, or merged where no adapter of its says it."""
+    with uncollected():
+        from rankwise.cli.values import save_export
+
+    exported = save_export(adapter, engine, base, out, rank=rank, error=error)
+    lost = f"; {exported.error:.2%} of the change is lost" if exported.error else ""
+    terminal().print(f"The {exported.form} for {exported.engine} is in {exported.directory}{lost}", highlight=False)
+    terminal().print(exported.start, highlight=False, soft_wrap=True)
+
+
+def doctor(
+    adapter: Adapter,
+    engines: Annotated[
+        list[str] | None, typer.Option("--for", metavar="ENGINE", help=f"Of {_ENGINES}. Default: all.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            parser=expand_user, metavar="TEXT", help="Base model, to look up its layers' names; loads no weights."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what engines would refuse, drop, mis-scale or misread of an adapter, and what `export` would write.
+
+    Exit code 0 if all engines asked about read it right as it stands, 1 if one does not.
+    """
+    import rankwise as rw
+    from rankwise.cli.inspection import diagnosis
+    from rankwise.inspection.engines import ENGINES
+
+    layout = None
+    if base is not None:
+        with uncollected():
+            from rankwise.cli.values import skeleton_of
+
+        layout = skeleton_of(adapter, base)
+    verdicts = rw.doctor(adapter, engines or tuple(ENGINES), base=layout)
+    if as_json:
+        typer.echo(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
+    else:
+        terminal().print(*diagnosis(verdicts), sep="\n")
+    if any(verdict.answer != "yes" for verdict in verdicts):
+        raise typer.Exit(1)
 
 
 def inspect(

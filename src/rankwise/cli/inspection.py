@@ -1,10 +1,10 @@
-"""`rankwise inspect`, as tables."""
+"""`rankwise inspect` and `rankwise doctor`, as tables."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.console import RenderableType
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.cli.terminal import visible
-from rankwise.inspection.facts import Inspection, SiteFacts
+from rankwise.inspection.engines import REMEDIES
+from rankwise.inspection.facts import Inspection, SiteFacts, Verdict
 
 _COLOURS = {"yes": "green", "after export": "yellow", "no": "red"}
 
@@ -86,6 +87,24 @@ def _engines(inspection: Inspection) -> Table:
     for verdict in inspection.engines:
         table.add_row(verdict.engine, Text(verdict.answer, style=_COLOURS[verdict.answer]), verdict.reason)
     return table
+
+
+def diagnosis(verdicts: Iterable[Verdict]) -> Iterator[RenderableType]:
+    """A table for each engine: what it would not read right, where, why, and what an export does about it."""
+    for verdict in verdicts:
+        if not verdict.findings:
+            yield Text.assemble(
+                (verdict.engine, "bold"), " reads it right", f": {verdict.reason}" * bool(verdict.reason)
+            )
+            continue
+        table = _table(verdict.engine)
+        for name in ("", "what", "where", "why", "source", "export"):
+            table.add_column(name, overflow="fold")
+        for finding in verdict.findings:
+            first, more = _shown(finding.sites[0]), len(finding.sites) - 1
+            where = f"{first} and {more} more" if more else first
+            table.add_row(finding.effect, finding.about, where, finding.why, finding.source, REMEDIES[finding.remedy])
+        yield table
 
 
 def _table(title: str) -> Table:

@@ -1,4 +1,4 @@
-"""`rankwise squeeze`, `combine` and `extract`: from directories to an adapter in another directory."""
+"""`rankwise squeeze`, `combine`, `extract`, `convert` and `export`: from directories to another directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import rankwise as rw
 from rankwise.algebra import Approximation
 from rankwise.disk import whole_directory
 from rankwise.errors import CheckpointError, SpecError
-from rankwise.files import check_directory_name
+from rankwise.exporting.export import Export, Order, check_new
 from rankwise.train.data.labels import read_labels, save_labels
 from rankwise.train.yaml_text import parse_yaml
 
@@ -27,7 +27,7 @@ def save_squeezed(adapter: Path, out: Path, **how_few: Any) -> Approximation:
     Raises:
         CheckpointError: ``out`` holds files. What ``rankwise.read`` and ``squeeze`` raise; nothing is written then.
     """
-    _check_new(out)
+    check_new(out)
     squeezed: Approximation = rw.algebra.squeeze(rw.read(adapter), **how_few)
     _save(squeezed, out, read_labels(adapter))
     return squeezed
@@ -48,7 +48,7 @@ def save_combined(
         SpecError: not as many weights as adapters. What ``rankwise.read`` and ``combine`` raise; nothing is written
             then.
     """
-    _check_new(out)
+    check_new(out)
     if weights and len(weights) != len(adapters):
         raise SpecError(f"--weight: expected one for each of the {len(adapters)} adapters, found {len(weights)}")
     parts = list(zip(map(rw.read, adapters), weights or [1.0] * len(adapters), strict=True))
@@ -67,12 +67,57 @@ def save_extracted(fine_tuned: str, base: str, out: Path, **options: Any) -> App
     """
     from rankwise.train.model.skeleton import locate_files, skeleton  # with transformers
 
-    _check_new(out)
+    check_new(out)
     files = locate_files(base)
     extracted: Approximation = rw.algebra.extract(locate_files(fine_tuned), files, layout=skeleton(files), **options)
     named = replace(extracted, adapter=replace(extracted.adapter, base_model=base))
     _save(named, out, None)
     return named
+
+
+def save_converted(adapter: Path, base: str | None, out: Path, **limits: Any) -> Approximation:
+    """Write the LoRA that is nearest to what an adapter of any of PEFT's kinds does to its base.
+
+    Raises:
+        CheckpointError: ``out`` holds files. What ``convert`` raises; nothing is written then.
+    """
+    from rankwise.train.model.merged import base_of
+
+    check_new(out)
+    converted: Approximation = rw.algebra.convert(adapter, _base(adapter, base), **limits)
+    named = replace(converted, adapter=replace(converted.adapter, base_model=base or base_of(adapter)))
+    _save(named, out, read_labels(adapter))
+    return named
+
+
+def save_export(adapter: Path, engine: str, base: str | None, out: Path | None, **limits: Any) -> Export:
+    """Write an adapter as an engine reads it right. The base is loaded where that needs it: whole, or without weights.
+
+    Args:
+        base: the base model; default: the one that the adapter names.
+        out: default: the adapter's directory's name with the engine's after it.
+
+    Raises:
+        CheckpointError: ``out`` holds files. PretrainedError: the base is not there. What ``export`` raises; nothing is
+            written then.
+    """
+    target = adapter.with_name(f"{adapter.resolve().name}-{engine}") if out is None else out
+    check_new(target)
+    order = Order.of(adapter, engine, **limits)
+    layout = skeleton_of(adapter, base) if order.needs_layers else None
+    if not order.needs_weights(layout):
+        return order.write(target, layout)
+    from rankwise.train.model.merged import load_base  # with transformers
+
+    return order.write(target, *load_base(adapter, base))
+
+
+def skeleton_of(adapter: Path, base: str | None) -> Any:
+    """The base model without its weights; default: the one that the adapter names."""
+    from rankwise.train.model.merged import base_of
+    from rankwise.train.model.skeleton import locate_files, skeleton
+
+    return skeleton(locate_files(base or base_of(adapter)))
 
 
 def _method(text: str) -> Any:
@@ -102,12 +147,6 @@ def _common_labels(adapters: Sequence[Path]) -> list[str] | None:
             f"{adapters[0]}: a classifier's labels are {first}, another's {others}; expected adapters of one task"
         )
     return first
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out}: expected a new or empty directory, found files in it; choose another")
-    check_directory_name(out)
 
 
 def _save(approximation: Approximation, out: Path, labels: list[str] | None) -> None:

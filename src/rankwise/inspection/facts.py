@@ -4,15 +4,44 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Answer = Literal["yes", "after export", "no"]
+Effect = Literal["refuses", "drops", "mis-scales", "misreads"]
+# fold: the portable profile does not have it. rewrite: another format says it. base: it is written anew with the base's
+# help. nearest: a merged checkpoint says it, or, as far as it can, a LoRA of a rank. merge: only a merged checkpoint
+# does. none: rankwise alone reads it.
+Remedy = Literal["fold", "rewrite", "base", "nearest", "merge", "none"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that an engine does not read right in an adapter: see :class:`rankwise.inspection.engines.rules.Rule`.
+
+    Attributes:
+        sites: the sites or modules that it is about, or "the adapter".
+    """
+
+    about: str
+    effect: Effect
+    why: str
+    source: str
+    remedy: Remedy
+    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an engine reads an adapter right, and why or how."""
+    """Whether an engine reads an adapter right as it stands.
+
+    Attributes:
+        engine: its name.
+        answer: "after export": what ``rankwise export`` writes; "no": a checkpoint with the adapter merged, at best.
+        reason: the gravest finding, or what to know about starting the engine.
+        findings: all that it does not read right.
+    """
 
     engine: str
     answer: Answer
     reason: str
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, TENSORS, is_base_co
 from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import verdicts
+from rankwise.inspection.engines.rules import Case
 from rankwise.inspection.facts import FileFacts, Inspection, SiteFacts
 from rankwise.spec import plain_fields
 from rankwise.tensor_header import TensorEntry
@@ -110,7 +111,7 @@ def _inspect(folder: Path) -> Inspection:
         unlike_peft,
     )
     judged = not problems.messages and (is_own(config) or len(sites) == len(parts))
-    engines = verdicts(facts) if judged else ()  # which go by PEFT's own fields
+    engines = verdicts(Case(facts)) if judged else ()  # which go by PEFT's own fields
     return replace(facts, spec=spec, engines=engines)
 
 

@@ -1,0 +1,1 @@
+"""From an adapter to what another engine reads right."""
