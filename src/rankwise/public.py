@@ -12,6 +12,7 @@ from rankwise.format.save_load import load, save
 from rankwise.optim import param_groups
 from rankwise.pair import Pair, pairs
 from rankwise.planning import plan
+from rankwise.quantising import merge_quantised
 from rankwise.sites import Site
 from rankwise.spec import Bottleneck, LoRA
 
@@ -36,6 +37,7 @@ __all__ = [
     "inits",
     "load",
     "merge",
+    "merge_quantised",
     "optim",
     "pairs",
     "param_groups",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from rankwise.cli.app import Adapter, Adapters, Base, place, terminal, text_of, uncollected
+from rankwise.errors import SpecError
 from rankwise.files import expand_user
 
 
@@ -21,8 +22,22 @@ def merge(
         float,
         typer.Option(min=0, max=1, help="Share of the change that rounding may swallow; more is refused. 1: any."),
     ] = 0.7,
+    quantise: Annotated[
+        str | None,
+        typer.Option(help="Round to what this storage can hold: nf4, fp4 or int8 (bitsandbytes), int4 (torchao)."),
+    ] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(parser=expand_user, metavar="TEXT", help="With --quantise: data whose outputs are to be kept."),
+    ] = None,
+    batch_count: Annotated[int, typer.Option(min=1, help="Batches of it: 4 samples of 128 tokens each.")] = 32,
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model."""
+    if quantise is not None:
+        _merge_quantised(adapter, base, out, quantise, batches, batch_count, max_shard_size)
+        return
+    if batches is not None:
+        raise SpecError("--batches: says whose outputs rounding is to keep; expected --quantise with it")
     with uncollected():
         from rankwise.train.model.busy import busy
         from rankwise.train.model.merged import save_merged
@@ -32,6 +47,20 @@ def merge(
     with busy(console, "Folding the adapter into the model"):
         report = save_merged(adapter, base, out, most_lost=most_lost, max_shard_size=max_shard_size)
     console.print(merge_table(report, out))
+
+
+def _merge_quantised(
+    adapter: Path, base: str | None, out: Path, to: str, batches: str | None, count: int, max_shard_size: str
+) -> None:
+    with uncollected():
+        from rankwise.train.quantised import save_quantised
+        from rankwise.train.run.tables import quantised_table
+
+    console = terminal()
+    quantised = save_quantised(
+        adapter, base, out, to, console, batches=batches, batch_count=count, max_shard_size=max_shard_size
+    )
+    console.print(quantised_table(quantised.weights, quantised.divergence, out))
 
 
 def squeeze(
