@@ -41,22 +41,22 @@ def trained(prepared: Prepared) -> Prepared:
     return prepared
 
 
-def judged(prepared: Prepared) -> dict[str, float]:
-    """Loss on the held-out samples: one half to choose by, the other to report."""
+def judged(prepared: Prepared, *parts: str) -> dict[str, float]:
+    """Loss on the held-out samples: one half, "validation", to choose by, the other, "test", to report."""
     trainer = prepared.trainer
     held_out, losses = trainer.eval_dataset, {}
-    for first, part in enumerate(("validation", "test")):
-        trainer.eval_dataset = held_out.select(range(first, len(held_out), 2))
+    for part in parts:
+        trainer.eval_dataset = held_out.select(range(("validation", "test").index(part), len(held_out), 2))
         losses[part] = round(float(trainer.evaluate()["eval_loss"]), 4)
     trainer.eval_dataset = held_out
     return losses
 
 
 def judged_with(prepared: Prepared, adapter: Adapter) -> dict[str, float]:
-    """:func:`judged` of the pretrained model with an adapter on it, which is taken off again."""
+    """The test loss of the pretrained model with an adapter on it, which is taken off again."""
     with tempfile.TemporaryDirectory() as directory:
         rw.write(adapter, directory)
         rw.load(prepared.model, directory, trainable=False)
-    losses = judged(prepared)
+    losses = judged(prepared, "test")
     rw.detach(prepared.model)
     return losses

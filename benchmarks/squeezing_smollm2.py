@@ -30,7 +30,7 @@ def wide(samples: kjv.Data, rate: float, seed: int, **changes: Any) -> tuple[str
         prepared = kjv.trained(
             with_adapter(kjv.recipe(rank=WIDE, alpha=2 * WIDE, learning_rate=rate, seed=seed, **changes), samples)
         )
-        row = {"rate": rate, "seed": seed, **kjv.judged(prepared)}
+        row = {"rate": rate, "seed": seed, **kjv.judged(prepared, "validation", "test")}
         row |= {
             key: round(entry[key], 4)
             for entry in prepared.trainer.state.log_history

@@ -43,8 +43,9 @@ class Grid:
     summary: str
 
     def check(self, path: str, columns: int) -> None:
-        """Refuse rows of a length that has no groups. Where bitsandbytes lets groups run on into the next row, its
-        kernel for CPUs (0.50) reads back something else.
+        """Refuse rows of a length that has no groups.
+
+        bitsandbytes lets groups run on into the next row, but its kernel for CPUs (0.50) reads back something else.
 
         Raises:
             MergeError: as it says.

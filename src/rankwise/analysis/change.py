@@ -15,6 +15,7 @@ from rankwise.shapes import Float
 
 _ROWS_OF = 2**18  # numbers that are folded at a time
 _BLOCK = 64  # of NF4
+_LARGE = 1024  # rows and columns from which on not all directions are looked for at once
 
 
 def relative_size(delta: LowRank, weight: Float[Tensor, "out in"]) -> float:
@@ -71,8 +72,10 @@ def intruder_dimensions(
     Source: Shuttleworth 2024, arXiv 2410.21228, algorithm 1. They find such directions in LoRA-tuned models and not in
     fully tuned ones, and that models with them forget more.
 
-    W's vectors come from the eigenvectors of the smaller of WWᵀ and WᵀW, in fp32 or finer: six times quicker than an
-    SVD, at the price that directions below about 1e-3 of the largest singular value mix with each other.
+    Of a large W, the leading vectors alone are compared first: where they leave no direction with ε² of its length, or
+    hold one that is like it, that settles it. All others come from the eigenvectors of the smaller of WWᵀ and WᵀW, in
+    fp32 or finer: six times quicker than an SVD, at the price that directions below about 1e-3 of the largest singular
+    value mix with each other.
 
     Args:
         k: leading directions of the changed weight to look at.
@@ -90,7 +93,11 @@ def intruder_dimensions(
     generator = torch.Generator().manual_seed(seed)
     weight = at_least_fp32(weight.detach())
     leading = truncated_svd(weight + delta.dense().to(weight), k, generator)[0]
-    return int((_cosines(leading, weight).amax(1) < epsilon).sum())
+    if min(weight.shape) >= _LARGE:
+        cosines = leading.T @ truncated_svd(weight, 2 * k, generator)[0]
+        rest = 1 - cosines.square().sum(1)
+        leading = leading[:, (cosines.abs().amax(1) < epsilon) & (rest >= epsilon**2)]
+    return int((_cosines(leading, weight).amax(1) < epsilon).sum()) if leading.shape[1] else 0
 
 
 def _cosines(vectors: Float[Tensor, "out k"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "k n"]:

@@ -125,16 +125,38 @@ def extract(
 def inspect(
     adapter: Adapter,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Look too for what ordinary adapters do not have, beside the base's weights.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            parser=expand_user,
+            metavar="TEXT",
+            help="With --deep: the base model; default: the one that the adapter names, if it is a directory here.",
+        ),
+    ] = None,
 ) -> None:
     """Say what is in an adapter directory, without trusting it or loading a model. Exit code 1 if `load` refuses it."""
     from rankwise.cli.inspection import report
     from rankwise.inspection.inspection import inspect as inspected
 
+    if base is not None and not deep:
+        raise SpecError("--base: what is in the directory is looked at without a base; expected --deep with it")
     inspection = inspected(adapter)
+    facts, tables = inspection.to_dict(), [*report(inspection)]
+    if deep and inspection.engines:  # else it is refused, or too large to be looked at
+        with uncollected():
+            from rankwise.cli.scanning import report as deep_report
+            from rankwise.cli.scanning import scanned
+
+        scan, files = scanned(adapter, base)
+        facts["scan"] = scan.to_dict()
+        tables.extend(deep_report(scan, files))
     if as_json:
-        typer.echo(json.dumps(inspection.to_dict(), indent=2))
+        typer.echo(json.dumps(facts, indent=2))
     else:
-        terminal().print(*report(inspection), sep="\n")
+        terminal().print(*tables, sep="\n")
     if inspection.problems:
         raise typer.Exit(1)
 
