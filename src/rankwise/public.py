@@ -15,6 +15,7 @@ from rankwise.optim import param_groups
 from rankwise.pair import Pair, pairs
 from rankwise.planning import plan
 from rankwise.routing.route import route
+from rankwise.quantising import merge_quantised
 from rankwise.sites import Site
 from rankwise.spec import Bottleneck, LoRA
 
@@ -41,6 +42,7 @@ __all__ = [
     "inits",
     "load",
     "merge",
+    "merge_quantised",
     "optim",
     "pairs",
     "param_groups",

@@ -5,16 +5,27 @@ import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
 from typer.testing import CliRunner
 from zoo import perturb
 
 import rankwise as rw
 from rankwise.cli import app
 from rankwise.errors import BrokenFile, MergeError, PretrainedError, RecipeError, WriteError
+from rankwise.layers.kinds import base_matrix
 from rankwise.train.model.merged import base_of, save_merged
 from rankwise.train.model.pretrained import load_pretrained
 
@@ -198,3 +209,70 @@ def test_a_base_that_a_strangers_adapter_names_runs_no_code(
     path.write_text("[")
     with pytest.raises(BrokenFile, match=r"adapter_config.json: not valid JSON"):
         save_merged(source, None, tmp_path / "merged")
+
+
+# ------------------------------------------------------------------------------------- for storage in few bits
+
+STORAGES: dict[str, Any] = {
+    "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "fp4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "int4": lambda: TorchAoConfig(
+        IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR)
+    ),
+}
+
+
+@pytest.fixture
+def wider(tmp_path: Path, tiny: Path) -> Path:
+    """A model whose rows fall into groups."""
+    folder = tmp_path / "wider"
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **sizes)).save_pretrained(
+        folder
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_quantised_reader_loses_nothing(storage: str, weighed: bool, wider: Path, tmp_path: Path):
+    """What transformers loads with the storage's own configuration has the weights that were written."""
+    model, _ = load_pretrained(wider)
+    rw.attach(model, rw.LoRA(rank=2))
+    perturb(model, 0.05)
+    rw.save(model, tmp_path / "adapter")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{n} times {n} is {n * n}. " * 3}) + "\n" for n in range(40)))
+    arguments = ["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged"), "--quantise", storage]
+    arguments += ["--batches", str(data), "--batch-count", "4"] if weighed else []
+    result = CliRunner().invoke(app, arguments, env=WIDE)
+    assert result.exit_code == 0, result.output
+    assert "nats a token" in result.output and ("layers' outputs off by" in result.output) == weighed
+    plain, _ = load_pretrained(tmp_path / "merged")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", quantization_config=STORAGES[storage]())
+    layers = {name: layer for name, layer in plain.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert len(layers) == 15
+    for name, layer in layers.items():
+        there = base_matrix(read.get_submodule(name)).to(layer.weight.dtype)
+        torch.testing.assert_close(there, layer.weight, rtol=1e-6 if storage != "int8" else 1e-3, atol=0)
+        if storage in ("nf4", "fp4"):
+            assert torch.equal(there, layer.weight)
+
+
+def test_what_merging_for_few_bits_refuses(base: Path, adapter: Callable[[float], Path], tmp_path: Path):
+    source, out = adapter(0.01), tmp_path / "merged"
+    for options, said in (
+        (["--quantise", "int4"], "its rows of 48 numbers do not fall into groups of 32"),
+        (["--quantise", "q4"], "storage"),
+        (["--batches", "kjv"], "expected --quantise"),
+    ):
+        result = CliRunner().invoke(
+            app, ["merge", str(source), "--base", str(base), "--out", str(out), *options], env=WIDE
+        )
+        assert result.exit_code == 2
+        assert said in result.output
+        assert not out.exists()

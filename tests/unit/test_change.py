@@ -16,8 +16,8 @@ from rankwise.analysis import (
     stable_rank,
     subspace_similarity,
 )
-from rankwise.analysis.change import NF4_LEVELS, _nf4
 from rankwise.errors import SpecError
+from rankwise.grids import GRIDS, NF4_LEVELS
 
 shapes = st.tuples(st.integers(2, 40), st.integers(2, 40), st.integers(1, 6), st.integers(0, 10**6))
 
@@ -91,7 +91,7 @@ def test_what_a_merge_to_nf4_loses(case, size):
 @given(st.integers(0, 10**6), st.sampled_from([1e-3, 1.0, 100.0]))
 def test_nf4_takes_the_nearest_level(seed, size):
     matrix = torch.randn(7, 64, generator=torch.Generator().manual_seed(seed)) * size
-    assert torch.allclose(_nf4(matrix), nf4(matrix), rtol=1e-6)
+    assert torch.allclose(GRIDS["nf4"].read(matrix), nf4(matrix), rtol=1e-6)
 
 
 def test_nf4_is_bitsandbytes_own():

@@ -81,14 +81,7 @@ def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_L
     """
     if not most_lost >= 0:  # nor NaN
         raise MergeError(f"most_lost: expected a share from 0 on, found {most_lost}")
-    adapted = Adapted.of(model)
-    if adapted.merged:
-        raise MergeError("this model is merged already: call rankwise.unmerge or rankwise.detach first")
-    check_in_memory(adapted.root)
-    changes = _active_changes(adapted)
-    if not changes:
-        raise MergeError("no adapter is active, so there is nothing to merge: call rankwise.activate(model, name)")
-    _check_unshared(adapted, changes)
+    adapted, changes = mergeable(model)
     forget_compiled()
     folded = {path: _fold(adapted, path, layers) for path, layers in changes.items()}
     report = MergeReport({path: site for path, (_, site) in folded.items()})
@@ -99,6 +92,24 @@ def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_L
     if not keep_base:
         adapted.uninstall()
     return report
+
+
+def mergeable(model: nn.Module) -> tuple[Adapted, dict[str, list[FoldableLayer]]]:
+    """The adapted model, and the active adapters' layers at each site, whose changes its weights can take.
+
+    Raises:
+        MergeError: none is active, the model is merged already, or a weight cannot be written.
+        AttachError: the model carries no adapter, or is offloaded.
+    """
+    adapted = Adapted.of(model)
+    if adapted.merged:
+        raise MergeError("this model is merged already: call rankwise.unmerge or rankwise.detach first")
+    check_in_memory(adapted.root)
+    changes = _active_changes(adapted)
+    if not changes:
+        raise MergeError("no adapter is active, so there is nothing to merge: call rankwise.activate(model, name)")
+    _check_unshared(adapted, changes)
+    return adapted, changes
 
 
 def _active_changes(adapted: Adapted) -> dict[str, list[FoldableLayer]]:

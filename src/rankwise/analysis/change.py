@@ -1,7 +1,6 @@
 """What an adapter's change does to a weight: its size, what storing the sum would lose, and directions that are new."""
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,10 +9,13 @@ from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import at_least_fp32
 from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import SpecError
+from rankwise.grids import GRIDS
 from rankwise.methods import row
 from rankwise.shapes import Float
 
 _ROWS_OF = 2**18  # numbers that are folded at a time
+_BLOCK = 64  # of NF4
+_LARGE = 1024  # rows and columns from which on not all directions are looked for at once
 
 
 def relative_size(delta: LowRank, weight: Float[Tensor, "out in"]) -> float:
@@ -27,49 +29,10 @@ def relative_size(delta: LowRank, weight: Float[Tensor, "out in"]) -> float:
     return float(delta.norm()) / norm if norm else float("inf")
 
 
-# 16 levels of the 4-bit NormalFloat: quantiles of a Gaussian, scaled to [−1, 1] (Dettmers 2023, arXiv 2305.14314,
-# appendix E).
-NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-_NF4_BLOCK = 64
-
-
-_HALF = 127.5  # bins in each half of [−1, 1], narrower than any two levels are apart
-
-
-@cache
-def _nf4_tables() -> tuple[Tensor, Tensor, Tensor]:
-    """The levels; bin → how many borders between levels lie below it; bin → the border within it, or infinity.
-
-    A look-up and one comparison take half the time of comparing with all fifteen borders.
-    """
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
-    borders = (levels[1:] + levels[:-1]) / 2
-    lower = torch.arange(2 * _HALF + 1, dtype=torch.float64)[:, None] / _HALF - 1
-    within = (borders >= lower) & (borders < lower + 1 / _HALF)
-    return levels, (borders < lower).sum(1), torch.where(within, borders, torch.inf).amin(1)
-
-
-def _nf4(matrix: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
-    """Quantised to NF4 in blocks of 64, each with its own largest value, and back."""
-    flat = matrix.flatten()
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % _NF4_BLOCK)).view(-1, _NF4_BLOCK)
-    largest = padded.abs().amax(1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
-    scaled = (padded / largest).flatten()
-    levels, below, border = (table.to(matrix) for table in _nf4_tables())
-    bins = ((scaled + 1) * _HALF).int()
-    nearest_level = below.index_select(0, bins) + (scaled > border.index_select(0, bins))
-    rounded = levels.index_select(0, nearest_level.int()).view_as(padded) * largest
-    return rounded.flatten()[: flat.numel()].view_as(matrix)
-
-
 STORAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "bfloat16": lambda matrix: matrix.bfloat16().to(matrix),
     "float16": lambda matrix: matrix.half().to(matrix),
-    "nf4": _nf4,
+    "nf4": GRIDS["nf4"].read,
 }
 
 
@@ -89,8 +52,8 @@ def merge_loss(delta: LowRank, weight: Float[Tensor, "out in"], storage: str = "
     stored, squares = row(STORAGES, storage, "storage"), torch.zeros(2, dtype=torch.float64)
     check_fits("merge_loss", delta, weight)
     step = max(_ROWS_OF // weight.shape[1], 1)
-    if storage == "nf4" and (step * weight.shape[1]) % _NF4_BLOCK:
-        step = -(-step // _NF4_BLOCK) * _NF4_BLOCK  # so that pieces end where blocks do
+    if storage == "nf4" and (step * weight.shape[1]) % _BLOCK:
+        step = -(-step // _BLOCK) * _BLOCK  # so that pieces end where blocks do
     for first in range(0, weight.shape[0], step):
         rows = slice(first, first + step)
         base = weight.detach()[rows].float()
@@ -109,8 +72,10 @@ def intruder_dimensions(
     Source: Shuttleworth 2024, arXiv 2410.21228, algorithm 1. They find such directions in LoRA-tuned models and not in
     fully tuned ones, and that models with them forget more.
 
-    W's vectors come from the eigenvectors of the smaller of WWᵀ and WᵀW, in fp32 or finer: six times quicker than an
-    SVD, at the price that directions below about 1e-3 of the largest singular value mix with each other.
+    Of a large W, the leading vectors alone are compared first: where they leave no direction with ε² of its length, or
+    hold one that is like it, that settles it. All others come from the eigenvectors of the smaller of WWᵀ and WᵀW, in
+    fp32 or finer: six times quicker than an SVD, at the price that directions below about 1e-3 of the largest singular
+    value mix with each other.
 
     Args:
         k: leading directions of the changed weight to look at.
@@ -128,7 +93,11 @@ def intruder_dimensions(
     generator = torch.Generator().manual_seed(seed)
     weight = at_least_fp32(weight.detach())
     leading = truncated_svd(weight + delta.dense().to(weight), k, generator)[0]
-    return int((_cosines(leading, weight).amax(1) < epsilon).sum())
+    if min(weight.shape) >= _LARGE:
+        cosines = leading.T @ truncated_svd(weight, 2 * k, generator)[0]
+        rest = 1 - cosines.square().sum(1)
+        leading = leading[:, (cosines.abs().amax(1) < epsilon) & (rest >= epsilon**2)]
+    return int((_cosines(leading, weight).amax(1) < epsilon).sum()) if leading.shape[1] else 0
 
 
 def _cosines(vectors: Float[Tensor, "out k"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "k n"]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from rankwise.cli.app import Adapter, Adapters, Base, place, terminal, text_of, uncollected
+from rankwise.errors import SpecError
 from rankwise.files import expand_user
 
 _ENGINES = "peft, vllm, sglang, llama.cpp, ollama, mlx"  # of rankwise.inspection.engines, which takes time to import
@@ -24,8 +25,22 @@ def merge(
         float,
         typer.Option(min=0, max=1, help="Share of the change that rounding may swallow; more is refused. 1: any."),
     ] = 0.7,
+    quantise: Annotated[
+        str | None,
+        typer.Option(help="Round to what this storage can hold: nf4, fp4 or int8 (bitsandbytes), int4 (torchao)."),
+    ] = None,
+    batches: Annotated[
+        str | None,
+        typer.Option(parser=expand_user, metavar="TEXT", help="With --quantise: data whose outputs are to be kept."),
+    ] = None,
+    batch_count: Annotated[int, typer.Option(min=1, help="Batches of it: 4 samples of 128 tokens each.")] = 32,
 ) -> None:
     """Fold an adapter into its base model and save a plain transformers model."""
+    if quantise is not None:
+        _merge_quantised(adapter, base, out, quantise, batches, batch_count, max_shard_size)
+        return
+    if batches is not None:
+        raise SpecError("--batches: says whose outputs rounding is to keep; expected --quantise with it")
     with uncollected():
         from rankwise.train.model.busy import busy
         from rankwise.train.model.merged import save_merged
@@ -35,6 +50,20 @@ def merge(
     with busy(console, "Folding the adapter into the model"):
         report = save_merged(adapter, base, out, most_lost=most_lost, max_shard_size=max_shard_size)
     console.print(merge_table(report, out))
+
+
+def _merge_quantised(
+    adapter: Path, base: str | None, out: Path, to: str, batches: str | None, count: int, max_shard_size: str
+) -> None:
+    with uncollected():
+        from rankwise.train.quantised import save_quantised
+        from rankwise.train.run.tables import quantised_table
+
+    console = terminal()
+    quantised = save_quantised(
+        adapter, base, out, to, console, batches=batches, batch_count=count, max_shard_size=max_shard_size
+    )
+    console.print(quantised_table(quantised.weights, quantised.divergence, out))
 
 
 def squeeze(
@@ -170,16 +199,38 @@ def doctor(
 def inspect(
     adapter: Adapter,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Look too for what ordinary adapters do not have, beside the base's weights.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            parser=expand_user,
+            metavar="TEXT",
+            help="With --deep: the base model; default: the one that the adapter names, if it is a directory here.",
+        ),
+    ] = None,
 ) -> None:
     """Say what is in an adapter directory, without trusting it or loading a model. Exit code 1 if `load` refuses it."""
     from rankwise.cli.inspection import report
     from rankwise.inspection.inspection import inspect as inspected
 
+    if base is not None and not deep:
+        raise SpecError("--base: what is in the directory is looked at without a base; expected --deep with it")
     inspection = inspected(adapter)
+    facts, tables = inspection.to_dict(), [*report(inspection)]
+    if deep and inspection.engines:  # else it is refused, or too large to be looked at
+        with uncollected():
+            from rankwise.cli.scanning import report as deep_report
+            from rankwise.cli.scanning import scanned
+
+        scan, files = scanned(adapter, base)
+        facts["scan"] = scan.to_dict()
+        tables.extend(deep_report(scan, files))
     if as_json:
-        typer.echo(json.dumps(inspection.to_dict(), indent=2))
+        typer.echo(json.dumps(facts, indent=2))
     else:
-        terminal().print(*report(inspection), sep="\n")
+        terminal().print(*tables, sep="\n")
     if inspection.problems:
         raise typer.Exit(1)
 

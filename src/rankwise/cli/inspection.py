@@ -27,24 +27,24 @@ def report(inspection: Inspection) -> Iterator[RenderableType]:
     if inspection.engines:
         yield _engines(inspection)
     for note in inspection.notes:
-        yield Text.assemble(("note ", "bold"), _shown(note))
+        yield Text.assemble(("note ", "bold"), shown(note))
     for problem in inspection.problems:
-        yield Text.assemble(("problem ", "bold red"), _shown(problem))
+        yield Text.assemble(("problem ", "bold red"), shown(problem))
     if inspection.problems:
         yield Text("rankwise.load refuses this directory.", style="bold red")
 
 
 def _facts(inspection: Inspection) -> Table:
     table = Table(
-        title=_shown(inspection.directory), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+        title=shown(inspection.directory), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
     )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     spec = inspection.spec or {}
-    table.add_row("kind", _shown(inspection.peft_type or "unknown"))
-    table.add_row("base model", _shown(inspection.base_model or "not named"))
+    table.add_row("kind", shown(inspection.peft_type or "unknown"))
+    table.add_row("base model", shown(inspection.base_model or "not named"))
     if spec:
-        table.add_row("variant", _shown(str(spec["variant"])))
+        table.add_row("variant", shown(str(spec["variant"])))
         table.add_row("rank, alpha", f"{spec['rank']}, {spec['alpha']:g}, scaling {spec['scaling']}")
         table.add_row("patterns", f"{len(spec['rank_pattern'])} of ranks, {len(spec['alpha_pattern'])} of alpha")
     table.add_row("sites", str(len(inspection.sites)))
@@ -55,7 +55,7 @@ def _facts(inspection: Inspection) -> Table:
 
 def _sites(inspection: Inspection) -> Table:
     """Layers that differ in their number only share a line."""
-    table = _table("Sites")
+    table = empty_table("Sites")
     table.add_column("layers", overflow="fold")
     for name in ("count", "kind", "out × in", "rank", "scale", "dtype", "‖ΔW‖"):
         table.add_column(name, justify="left" if name in ("kind", "dtype") else "right")
@@ -66,22 +66,22 @@ def _sites(inspection: Inspection) -> Table:
     for (place, kind, (out, into), rank, scale, dtype), alike in groups.items():
         changes = sorted((f"{site.change:.3g}" for site in alike if site.change is not None), key=float)
         norms = " – ".join(dict.fromkeys((changes[0], changes[-1]))) if changes else ""
-        table.add_row(_shown(place), str(len(alike)), kind, f"{out} × {into}", str(rank), f"{scale:.4g}", dtype, norms)
+        table.add_row(shown(place), str(len(alike)), kind, f"{out} × {into}", str(rank), f"{scale:.4g}", dtype, norms)
     return table
 
 
 def _files(inspection: Inspection) -> Table:
-    table = _table("Files")
+    table = empty_table("Files")
     table.add_column("name", overflow="fold")
     table.add_column("bytes", justify="right")
     table.add_column("sha256", overflow="fold")
     for file in inspection.files:
-        table.add_row(_shown(file.name), f"{file.size:,}", file.sha256 or "not opened")
+        table.add_row(shown(file.name), f"{file.size:,}", file.sha256 or "not opened")
     return table
 
 
 def _engines(inspection: Inspection) -> Table:
-    table = _table("Who reads it right, as it stands")
+    table = empty_table("Who reads it right, as it stands")
     for name in ("engine", "", "how, or why not"):
         table.add_column(name, overflow="fold")
     for verdict in inspection.engines:
@@ -97,7 +97,7 @@ def diagnosis(verdicts: Iterable[Verdict]) -> Iterator[RenderableType]:
                 (verdict.engine, "bold"), " reads it right", f": {verdict.reason}" * bool(verdict.reason)
             )
             continue
-        table = _table(verdict.engine)
+        table = empty_table(verdict.engine)
         for name in ("", "what", "where", "why", "source", "export"):
             table.add_column(name, overflow="fold")
         for finding in verdict.findings:
@@ -107,10 +107,11 @@ def diagnosis(verdicts: Iterable[Verdict]) -> Iterator[RenderableType]:
         yield table
 
 
-def _table(title: str) -> Table:
+def empty_table(title: str) -> Table:
+    """In the report's style."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Text out of a file, on one line."""
     return visible(text).replace("\n", r"\n")

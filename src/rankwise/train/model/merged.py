@@ -53,25 +53,32 @@ def save_merged(
         MergeError: `out` holds files or lies in what is read, or too much would be lost.
         WriteError: the system refuses. Nothing is written on either error.
     """
-    _check_new(out, adapter, base or base_of(adapter))
-    _check_size(max_shard_size)
+    check_new(out, adapter, base or base_of(adapter))
+    check_size(max_shard_size)
     model, tokenizer = load_base(adapter, base)
     rw.load(model, adapter)
-    adapted = _outputs(model, tokenizer)
+    adapted = outputs(model, tokenizer)
     weights = rw.merge(model, keep_base=False, most_lost=most_lost)
-    gap = _largest_gap(adapted, _outputs(model, tokenizer))
-    with whole_directory(out) as directory:
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(directory)
+    gap = _largest_gap(adapted, outputs(model, tokenizer))
+    write_model(model, tokenizer, out, max_shard_size)
     return Merged(weights, gap)
 
 
-def _check_size(max_shard_size: str) -> None:
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, max_shard_size: str) -> None:
+    """A transformers directory that comes into being whole, or not at all."""
+    with whole_directory(out) as directory:
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(directory)
+
+
+def check_size(max_shard_size: str) -> None:
+    """Refuse what transformers does not take for a size."""
     if re.fullmatch(r"\d+(\.\d+)?([KMGT]i?)?B", max_shard_size, re.IGNORECASE) is None:
         raise MergeError(f"max_shard_size: expected a size such as 5GB or 500MB, found {max_shard_size!r}")
 
 
-def _check_new(out: Path, *read: Path | str | None) -> None:
+def check_new(out: Path, *read: Path | str | None) -> None:
+    """Refuse a directory that cannot be new, or lies in one that is read."""
     check_directory_name(out)
     for source in read:
         if source is not None and Path(source).exists() and out.resolve().is_relative_to(Path(source).resolve()):
@@ -85,14 +92,14 @@ def _check_new(out: Path, *read: Path | str | None) -> None:
 
 
 @torch.no_grad()
-def _outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """What the model says of a few lines of text."""
     training = model.training
     longest = min(64, getattr(model.config, "max_position_embeddings", 64))
     inputs = tokenizer(_PROBE, return_tensors="pt", truncation=True, max_length=longest).to(model.device)
-    outputs: Tensor = model.eval()(**inputs).logits.float()
+    logits: Tensor = model.eval()(**inputs).logits.float()
     model.train(training)
-    return outputs
+    return logits
 
 
 def _largest_gap(before: Tensor, after: Tensor) -> float:

@@ -13,10 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 import rankwise as rw
+from rankwise.grids import GRIDS
 
 if TYPE_CHECKING:
     from rankwise.analysis.rank_advice import RankAdvice
     from rankwise.planning import Plan
+    from rankwise.quantising import QuantisedMerge
     from rankwise.train.model.generation import Sample
     from rankwise.train.model.merged import Merged
     from rankwise.train.run.trial_step import TrialStep
@@ -168,6 +170,26 @@ def merge_table(merged: Merged, out: Path) -> Table:
     lost = report.sites[report.worst].lost
     table.add_row("lost to rounding", f"{report.lost:.2%} of the change; {lost:.2%} at the worst layer, {report.worst}")
     table.add_row("outputs moved", f"{merged.logit_gap:.1e} of the largest logit, on a few lines of text")
+    table.add_row("model", str(out))
+    return table
+
+
+def quantised_table(merged: QuantisedMerge, divergence: float, out: Path) -> Table:
+    """What was folded, what storing it in few bits costs, and how it is loaded."""
+    sites, table = merged.sites, _facts("Merged")
+    errors = sorted(site.error for site in sites.values())
+    worst = max(sites, key=lambda path: sites[path].error)
+    table.add_row("layers", f"{len(sites)}, for {GRIDS[merged.to].summary}")
+    if merged.others.sites:
+        table.add_row("in their own precision", ", ".join(merged.others.sites))
+    table.add_row(
+        "weights off by", f"{errors[len(errors) // 2]:.2%} at the median layer, {errors[-1]:.2%} at the worst, {worst}"
+    )
+    if lost := sorted(site.output_error for site in sites.values() if site.output_error is not None):
+        table.add_row(
+            "layers' outputs off by", f"{lost[len(lost) // 2]:.2%} at the median, {lost[-1]:.2%} at the worst"
+        )
+    table.add_row("divergence", f"{divergence:.2g} nats a token, on a few lines of text")
     table.add_row("model", str(out))
     return table
 
