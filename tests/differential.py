@@ -167,7 +167,7 @@ TWISTS: dict[str, Callable[[Draw], Fields]] = {
     "kasa": lambda draw: {"kasa_config": {}},
     "bdlora": lambda draw: {"use_bdlora": {"target_modules_bd_a": draw.ends(1), "nblocks": 2, "match_strict": False}},
 }  # fmt: skip
-SPECIAL = ("random start", "bias", "lora_bias", "parameters", "tokens", "replication", "activated", "kasa", "bdlora")
+SPECIAL = ("random start", "lora_bias", "parameters", "tokens", "replication", "activated", "kasa", "bdlora")
 
 
 def configuration(number: int, draw: Draw) -> Fields:

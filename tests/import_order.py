@@ -24,6 +24,8 @@ LAYERS = (
     ("tensor_files", "grids"),
     ("layers",),
     ("scaling", "foldable", "left_out", "inits", "variants"),
+    ("spec_checks", "trained_beside"),
+    ("token_rows",),
     ("spec",),
     # What is to be collected is decided from sites alone, so that a plan can show it; collecting runs the model.
     ("adapter", "collection"),

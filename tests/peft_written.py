@@ -60,8 +60,8 @@ def perturb_peft(peft: nn.Module, size: float = 0.05) -> None:
     """Move every trained tensor."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator))
 
 

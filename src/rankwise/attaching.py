@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
 from rankwise.adapted.folded_start import check_foldable, fold_starts
-from rankwise.adapted.whole_modules import check_copyable
+from rankwise.adapted.whole_modules import base_tensors, check_copyable
 from rankwise.collection import given_evidence
 from rankwise.errors import AttachError, EvidenceError, SpecError
 from rankwise.evidence.collecting import collect
@@ -22,9 +22,10 @@ from rankwise.inits.base import Init
 from rankwise.layers.kinds import KINDS, base_matrix
 from rankwise.layers.quantised import forbid_repacking
 from rankwise.placement import check_differentiable
-from rankwise.planning import Plan, left_out, plan, planned_sites, starting_sites, whole_modules
+from rankwise.planning import Plan, plan, planned, planned_sites, starting_sites, whole_modules
 from rankwise.sites import Site, Start, site_generator, variant_generator
 from rankwise.spec import LoRA
+from rankwise.token_rows import beside_layers
 from rankwise.variants.base import AdapterLayer, Variant
 
 log = logging.getLogger("rankwise")
@@ -98,21 +99,23 @@ def attach(  # type: ignore[misc]  # a dry run takes what attach takes
     if spec.init.needs == "nothing":
         evidence = None
     root = base_root(model)
-    planned = _plan(root, spec, method, memory_budget, evidence)
+    chosen = _plan(root, spec, method, memory_budget, evidence)
     whole = whole_modules(root, spec.modules_to_save)
     for path, module in whole.items():
         check_copyable(path, module)
     if spec.anchor == "fold":
-        check_foldable(root, planned)
+        check_foldable(root, chosen)
     if dry_run:
-        return planned
-    for note in planned.left_out:
+        return chosen
+    for note in chosen.left_out:
         log.warning("left out of all-linear: %s", note)
     with torch.inference_mode(False):  # or what is made here could never be trained
         with switched_off(model):
-            layers = _adapters(root, spec, planned, evidence, batches, loss)
+            layers = _adapters(root, spec, chosen, evidence, batches, loss)
+            rows = beside_layers(root, chosen.beside)
+        tensors = [tensor for path, module in whole.items() for tensor in base_tensors(path, module)]
         adapted = Adapted.ensure(model)
-        adapted.add(name, spec, layers, dict.fromkeys(whole), trainable=True)
+        adapted.add(name, spec, layers | rows, dict.fromkeys([*tensors, *chosen.beside.biases]), trainable=True)
         save_as_adapter(model, save)
         if spec.anchor == "fold":
             fold_starts(adapted, layers)
@@ -127,27 +130,25 @@ def _plan(
     if given is None:
         return plan(model, spec, method=method, memory_budget=memory_budget)
     sites = planned_sites(model, spec)
-    return Plan(
-        sites, spec.variant, given_evidence(starting_sites(sites, spec), spec.init, given), left_out(model, spec, sites)
-    )
+    return planned(model, spec, sites, given_evidence(starting_sites(sites, spec), spec.init, given))
 
 
 def _adapters(
     model: nn.Module,
     spec: LoRA,
-    planned: Plan,
+    chosen: Plan,
     given: Mapping[str, Any] | None,
     batches: Iterable[Any] | None,
     loss: Callable[[nn.Module, Any], Tensor] | None,
 ) -> dict[str, AdapterLayer]:
     """Site name → adapter layer, one pass's evidence after the other, so that no two are held at a time."""
-    sites = {site.name: site for site in planned}
-    batches = None if batches is None else repeatable(batches, len(planned.evidence.passes))
+    sites = {site.name: site for site in chosen}
+    batches = None if batches is None else repeatable(batches, len(chosen.evidence.passes))
     adapters: dict[str, AdapterLayer] = {}
-    for part in planned.evidence.passes:
+    for part in chosen.evidence.passes:
         group = [sites[site.name] for site in part.sites]
         if given is None:
-            adapters |= _started(model, spec, group, collect(model, planned.evidence, part, batches, loss))
+            adapters |= _started(model, spec, group, collect(model, chosen.evidence, part, batches, loss))
         else:
             adapters |= _started(model, spec, group, given)
     return adapters

@@ -56,7 +56,8 @@ def combine(
     Raises:
         SpecError: parts, method, rank or error do not go together. ShapeMismatch: a site has two shapes.
         BaseMismatch: the adapters are of different bases, or the given one is another.
-        UnsupportedAdapter: the base is needed and was not given, or ``exact`` is asked for what no pair holds.
+        UnsupportedAdapter: the base is needed and was not given, ``exact`` is asked for what no pair holds, or an
+            adapter trains single tokens' embeddings.
 
     >>> import torch, rankwise as rw
     >>> site = SiteAdapter("linear", rw.LowRank(torch.ones(3, 1), torch.ones(1, 2)))
@@ -88,9 +89,14 @@ def combine(
 def _check(parts: Sequence[tuple[Adapter, float]], rule: Combination, rank: int | None, error: float | None) -> None:
     name = name_of(COMBINATIONS, rule)
     check_limits("combine", rank, error)
-    for _, weight in parts:
+    for adapter, weight in parts:
         if not math.isfinite(weight):
             raise SpecError(f"combine: expected a finite number as each adapter's weight, found {weight!r}")
+        if adapter.spec.trainable_token_indices is not None:
+            raise UnsupportedAdapter(
+                "combine: an adapter trains embeddings of single tokens (trainable_token_indices); expected changes "
+                "of weights only: merge it into its base"
+            )
     if not any(weight for _, weight in parts):
         raise SpecError("combine: expected at least one adapter whose weight is not zero")
     limited = rank is not None or error is not None
@@ -154,13 +160,14 @@ def _adapter(
     parts: Sequence[tuple[Adapter, float]], sites: Mapping[str, SiteAdapter], base: BaseWeights | None
 ) -> Adapter:
     adapters = [adapter for adapter, _ in parts]
+    bias = max((adapter.spec.bias for adapter in adapters), key=("none", "lora_only", "all").index)
     targets = targets_of(adapters, sites)
     rank = max(site.delta.rank for site in sites.values())
     saved = _saved(parts, base)
     whole = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.spec.modules_to_save))
     names, tasks = {adapter.base_model for adapter in adapters}, {adapter.task_type for adapter in adapters}
     return Adapter(
-        LoRA(rank=rank, alpha=rank, target_modules=targets, modules_to_save=whole if saved else ()),
+        LoRA(rank=rank, alpha=rank, target_modules=targets, modules_to_save=whole if saved else (), bias=bias),
         sites,
         targets,
         _probes(adapters),

@@ -6,7 +6,7 @@ Names and alternatives of names, which nearly all patterns are, need no regular 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -56,6 +56,27 @@ def pattern_values(field: str, pattern: Mapping[str, T], names: Sequence[str], d
     for key in reversed(list(pattern)):  # the first one has the last word
         values |= dict.fromkeys(matched[key], pattern[key])
     return values
+
+
+_FIRST_INDEX = r".*?\.[^.]*\."  # PEFT's way to the first number in a path where no list is named
+
+
+def in_layers(paths: Iterable[str], layers: Collection[int], lists: Iterable[str], exact: Iterable[str]) -> set[str]:
+    """The module paths that are in one of the numbered layers, as PEFT's ``layers_to_transform`` tells.
+
+    Args:
+        lists: names of the lists of layers (``layers_pattern``); none: the first number in a path counts.
+        exact: whole paths, which need no number.
+    """
+    beginnings = [rf"(?:^|.*?\.){re.escape(name)}\." for name in lists] or [_FIRST_INDEX]
+    whole = set(exact)
+    return {path for path in paths if path in whole or layer_number(path, beginnings) in layers}
+
+
+def layer_number(path: str, beginnings: Sequence[str] = (_FIRST_INDEX,)) -> int | None:
+    """The number of the layer that a module belongs to, after one of these beginnings; None outside of all."""
+    matches = (re.match(rf"{beginning}(\d+)\.", path) for beginning in beginnings)
+    return next((int(match[1]) for match in matches if match), None)
 
 
 def check_expressions(field: str, expressions: Iterable[str]) -> None:

@@ -11,10 +11,11 @@ from rankwise.inits.base import Init
 from rankwise.layers.kinds import kind_of, kind_or_none
 from rankwise.left_out import is_linear, last_layers, notes_on_left_out, output_heads
 from rankwise.methods import nearest
-from rankwise.patterns import keys_under, matching, matching_ends, names_by_end, pattern_values
+from rankwise.patterns import in_layers, keys_under, matching, matching_ends, names_by_end, pattern_values
 from rankwise.sites import Site, base_modules
 from rankwise.spec import LoRA
 from rankwise.text_table import aligned
+from rankwise.trained_beside import TrainedBeside, trained_beside
 from rankwise.variants.base import Variant
 
 T = TypeVar("T")
@@ -27,15 +28,22 @@ class Plan(list[Site]):
         variant: what is put on each site.
         evidence: which evidence is collected, in which passes.
         left_out: what "all-linear" did not take, a line each.
+        beside: what is trained beside the pairs.
     """
 
     def __init__(
-        self, sites: Iterable[Site], variant: Variant, evidence: Collection, left_out: Sequence[str] = ()
+        self,
+        sites: Iterable[Site],
+        variant: Variant,
+        evidence: Collection,
+        left_out: Sequence[str] = (),
+        beside: TrainedBeside | None = None,
     ) -> None:
         super().__init__(sites)
         self.variant = variant
         self.evidence = evidence
         self.left_out = left_out
+        self.beside = beside or TrainedBeside()
 
     @property
     def parameters(self) -> int:
@@ -48,7 +56,9 @@ class Plan(list[Site]):
             shape, count = f"{s.shape[0]} × {s.shape[1]}", f"{self.variant.parameters(s):,}"
             rows.append((s.name, s.kind, shape, str(s.rank), f"{s.scale:.4g}", count))
         rows.append((f"{len(self)} sites", "", "", "", "", f"{self.parameters:,}"))
-        return "\n".join([aligned(rows, 2), "", str(self.evidence), *(f"left out: {note}" for note in self.left_out)])
+        notes = [f"trained beside: {line}" for line in self.beside.lines()]
+        notes += [f"left out: {note}" for note in self.left_out]
+        return "\n".join([aligned(rows, 2), "", str(self.evidence), *notes])
 
 
 def plan(model: nn.Module, spec: LoRA, *, method: str = "auto", memory_budget: int | None = None) -> Plan:
@@ -65,8 +75,14 @@ def plan(model: nn.Module, spec: LoRA, *, method: str = "auto", memory_budget: i
     """
     assert isinstance(spec.init, Init) and isinstance(spec.variant, Variant)
     sites = planned_sites(model, spec)
-    evidence = needed_evidence(starting_sites(sites, spec), spec.init, method, memory_budget)
-    return Plan(sites, spec.variant, evidence, left_out(model, spec, sites))
+    return planned(model, spec, sites, needed_evidence(starting_sites(sites, spec), spec.init, method, memory_budget))
+
+
+def planned(model: nn.Module, spec: LoRA, sites: Sequence[Site], evidence: Collection) -> Plan:
+    """The plan of these sites, with what is left out and what is trained beside; errors as for :func:`plan`."""
+    assert isinstance(spec.variant, Variant)
+    beside = trained_beside(model, spec, [site.name for site in sites])
+    return Plan(sites, spec.variant, evidence, left_out(model, spec, sites), beside)
 
 
 def left_out(model: nn.Module, spec: LoRA, sites: Iterable[Site]) -> list[str]:
@@ -86,7 +102,8 @@ def starting_sites(sites: Iterable[Site], spec: LoRA) -> list[Site]:
 def planned_sites(model: nn.Module, spec: LoRA) -> list[Site]:
     """The sites alone; errors as for :func:`plan`."""
     whole_modules(model, spec.modules_to_save)
-    chosen = target_layers(model, spec.target_modules, spec.exclude_modules, spec.modules_to_save)
+    targeted = target_layers(model, spec.target_modules, spec.exclude_modules, spec.modules_to_save)
+    chosen = {name: targeted[name] for name in _in_layers(list(targeted), spec)}
     names = list(chosen)
     ranks = pattern_values("rank_pattern key", spec.rank_pattern, names, spec.rank)
     alphas = pattern_values("alpha_pattern key", spec.alpha_pattern, names, spec.alpha)
@@ -101,6 +118,26 @@ def planned_sites(model: nn.Module, spec: LoRA) -> list[Site]:
             if name not in heads or not sites:  # a head too narrow for the rank is left out
                 raise
     return sites
+
+
+def _in_layers(names: list[str], spec: LoRA) -> list[str]:
+    """Those that ``layers_to_transform`` means.
+
+    Raises:
+        TargetError: one of its numbers means none.
+    """
+    layers: Any = spec.layers_to_transform
+    if layers is None:
+        return names
+    lists, exact = spec.layers_pattern, () if isinstance(spec.target_modules, str) else spec.target_modules
+    empty = [number for number in layers if not in_layers(names, [number], lists, ())]
+    if empty:
+        raise TargetError(
+            f"layers_to_transform: expected layers with targets in them, found none in layer {empty[0]}; the first "
+            f"target is {names[0]}, the last {names[-1]}"
+        )
+    meant = in_layers(names, layers, lists, exact)
+    return [name for name in names if name in meant]
 
 
 def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> Site:

@@ -3,18 +3,16 @@
 Importing this module needs no torch: a recipe's schema and its errors are made from these fields.
 """
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from rankwise.errors import SpecError, TargetError
+from rankwise.errors import SpecError
 from rankwise.inits import INITS
-from rankwise.methods import as_plain, name_of, nearest, resolve, row
+from rankwise.methods import as_plain, name_of, nearest, resolve
 from rankwise.other_names import ADAPTER, hint
-from rankwise.patterns import check_expressions
-from rankwise.scaling import SCALINGS, Scaling
+from rankwise.scaling import Scaling
+from rankwise.spec_checks import METHOD_FIELDS, check_together, checked, checked_rank
 from rankwise.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -48,6 +46,11 @@ class LoRA:
         anchor: "frozen" keeps W₀ untouched and a frozen copy of a non-zero start; "fold" subtracts the start from the
             base weights instead (r columns a forward instead of 2r; rounding costs what ``attach`` then reports).
         seed: of the random starts; each site derives its own from it and its name.
+        trainable_token_indices: ids whose embeddings are trained whole, such as new tokens': a list, of the input
+            embedding, or {module's name: list}. An output head that is tied to it follows.
+        bias: which biases are trained: "none", "lora_only" those of the adapted layers, "all" every one.
+        layers_to_transform: numbers of the layers that "all-linear" or a list of names is meant for; None: all.
+        layers_pattern: names of the lists that are so numbered ("layers", "h"); (): the first number in a path.
 
     Raises:
         SpecError: a field is out of range, unknown, or of the wrong type.
@@ -79,6 +82,14 @@ class LoRA:
         "frozen", "How a non-zero start is cancelled: a frozen copy (exact) or folded into the base."
     )
     seed: int = option(0, "Seed of the initialisation, the data order and dropout.")
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = option(
+        None, "Ids of tokens whose embeddings are trained whole: a list, or {module: list}."
+    )
+    bias: Literal["none", "lora_only", "all"] = option(
+        "none", "Biases to train: none, lora_only (adapted layers), all."
+    )
+    layers_to_transform: int | Sequence[int] | None = option(None, "Numbers of the layers to adapt; default: all.")
+    layers_pattern: str | Sequence[str] = option((), "Names of the lists of layers that are so numbered.")
 
     def __new__(cls, *args: Any, **values: Any) -> "LoRA":
         """Refuse what is no field, with the name that it has here where another library calls it so."""
@@ -90,6 +101,7 @@ class LoRA:
     def __post_init__(self) -> None:
         for f in fields(self):
             self._freeze(f.name, checked(f.name, getattr(self, f.name)))
+        check_together(vars(self))
         for name, table in METHOD_FIELDS.items():
             self._freeze(name, resolve(table, getattr(self, name), name))
         self._check_variant()
@@ -143,10 +155,6 @@ class LoRA:
         return hash(repr(sorted(self.to_dict().items())))
 
 
-# Fields that name a method, each with its table.
-METHOD_FIELDS = {"init": INITS, "scaling": SCALINGS, "variant": VARIANTS}
-
-
 def default_of(spec_field: "Field[Any]") -> Any:
     """The value of a field of :class:`LoRA` that is left out."""
     return spec_field.default if spec_field.default_factory is MISSING else spec_field.default_factory()
@@ -155,12 +163,13 @@ def default_of(spec_field: "Field[Any]") -> Any:
 def plain_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a spec, its methods by name, as plain data; those that are left out at their defaults."""
     plain = {f.name: values.get(f.name, default_of(f)) for f in fields(LoRA)}
-    return {name: _plain(value) for name, value in plain.items()}
+    return {name: plain_value(value) for name, value in plain.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """A field's value as JSON and YAML hold it."""
     if isinstance(value, Mapping):
-        return dict(value)
+        return {key: plain_value(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -188,7 +197,7 @@ def Bottleneck(
         SpecError: a field is out of range, unknown, or of the wrong type.
     """
     return LoRA(
-        rank=_rank("width", width),
+        rank=checked_rank("width", width),
         alpha=width,
         target_modules=target_modules,
         exclude_modules=exclude_modules,
@@ -196,106 +205,3 @@ def Bottleneck(
         dropout=dropout,
         seed=seed,
     )
-
-
-def checked(name: str, value: Any) -> Any:
-    """The value of a field of :class:`LoRA`, made unchangeable; of one that names a method, the name alone is checked.
-
-    Imports no method.
-
-    Raises:
-        SpecError: it is out of range, unknown, or of the wrong type.
-    """
-    return _CHECKS[name](name, value)
-
-
-def _is_number(value: object) -> bool:
-    # A bool is no number here, and an integer may be too large to be compared as a float.
-    return isinstance(value, int | float) and type(value) is not bool and abs(value) <= sys.float_info.max
-
-
-def _rank(name: str, value: Any) -> int:
-    if type(value) is not int or value <= 0:
-        raise SpecError(f"{name} must be a positive integer, found {value!r}")
-    return value
-
-
-def _alpha(name: str, value: Any) -> float:
-    if not _is_number(value) or value <= 0:
-        raise SpecError(f"{name} must be a positive finite number, found {value!r}")
-    return value  # type: ignore[no-any-return]
-
-
-def _dropout(name: str, value: Any) -> float:
-    if not _is_number(value) or not 0.0 <= value < 1.0:
-        raise SpecError(f"{name} must be at least 0 and below 1, found {value!r}")
-    return value  # type: ignore[no-any-return]
-
-
-def _seed(name: str, value: Any) -> int:
-    if type(value) is not int:
-        raise SpecError(f"{name} must be an integer, found {value!r}")
-    return value
-
-
-def _anchor(name: str, value: Any) -> str:
-    known = ("frozen", "fold")
-    if value not in known:
-        raise SpecError(f"{name} must be one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}")
-    return value  # type: ignore[no-any-return]
-
-
-def _method(name: str, value: Any) -> Any:
-    if isinstance(value, str):
-        row(METHOD_FIELDS[name], value, name)
-    elif isinstance(value, Mapping):
-        row(METHOD_FIELDS[name], value.get("name"), name)
-    return value
-
-
-def _names(field_name: str, value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        if not value:
-            raise SpecError(f"{field_name} is an empty string; name modules or leave it at its default")
-        return value
-    if isinstance(value, Sequence | set | frozenset) and all(isinstance(item, str) and item for item in value):
-        names = sorted(value) if isinstance(value, set | frozenset) else list(value)
-        if field_name == "target_modules" and not names:
-            raise SpecError("target_modules is an empty list; name modules or use 'all-linear'")
-        return tuple(dict.fromkeys(names))
-    raise SpecError(f"{field_name} must be a string or a list of non-empty strings, found {value!r}")
-
-
-def _pattern(field_name: str, value: Any, check: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise SpecError(f"{field_name} must map a module pattern to a number, found {value!r}")
-    for key, item in value.items():
-        if not isinstance(key, str) or not key:
-            raise SpecError(f"{field_name} key {key!r} is not a regular expression for a module's name")
-        check(f"{field_name}[{key!r}]", item)
-    try:
-        check_expressions(f"{field_name} key", value)
-    except TargetError as error:
-        raise SpecError(str(error)) from None
-    return MappingProxyType(dict(value))
-
-
-def _name_or_names(field_name: str, value: Any) -> str | tuple[str, ...]:
-    return _names(field_name, (value,) if isinstance(value, str) else value)
-
-
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "rank": _rank,
-    "alpha": _alpha,
-    "target_modules": _names,
-    "exclude_modules": _names,
-    "init": _method,
-    "scaling": _method,
-    "variant": _method,
-    "dropout": _dropout,
-    "rank_pattern": lambda name, value: _pattern(name, value, _rank),
-    "alpha_pattern": lambda name, value: _pattern(name, value, _alpha),
-    "modules_to_save": _name_or_names,
-    "anchor": _anchor,
-    "seed": _seed,
-}

@@ -345,7 +345,7 @@ BAD: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "own file of other form": (write("rankwise.json", b'{"base_probe": 3}'), BrokenFile, r"rankwise.json"),
     "no kind": (config(peft_type="REMOVE"), BrokenFile, r"no peft_type; expected 'LORA'"),
     "another kind": (config(peft_type="IA3"), UnsupportedAdapter, r"peft_type is 'IA3'; expected 'LORA'"),
-    "biases": (config(bias="all"), UnsupportedAdapter, r"bias is 'all'; expected 'none'"),
+    "biases": (config(bias="some"), SpecError, r"bias must be one of none, lora_only, all, found 'some'"),
     "lora_bias": (config(lora_bias=True), UnsupportedAdapter, r"lora_bias is True; expected False"),
     "replication": (config(layer_replication=[[0, 2]]), UnsupportedAdapter, r"layer_replication is \[\[0, 2\]\]"),
     "negative alpha": (

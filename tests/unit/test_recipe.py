@@ -209,7 +209,7 @@ def test_every_optimizer_goes_with_a_pair_and_looking_draws_no_random_number(nam
 
 
 PATHS = ("model", "data", "eval_data", "init_cache", "output_dir", "resume_from_checkpoint")
-NO_PATHS = {"optim", "report_to", "lr_scheduler_type", "target_modules", "exclude_modules"}
+NO_PATHS = {"optim", "report_to", "lr_scheduler_type", "target_modules", "exclude_modules", "layers_pattern"}
 NO_PATHS |= {"init", "scaling", "variant", "optimizer"}  # names from a table
 
 

@@ -13,7 +13,8 @@ from rankwise.errors import MergeError
 from rankwise.foldable import parameter_owners, why_not_writable
 from rankwise.placement import check_in_memory
 from rankwise.shapes import Float, Shaped
-from rankwise.variants.base import FoldableLayer
+from rankwise.token_rows import TiedRows
+from rankwise.variants.base import WeightChange
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def merge(model: nn.Module, *, keep_base: bool = True, most_lost: float = MOST_L
     return report
 
 
-def mergeable(model: nn.Module) -> tuple[Adapted, dict[str, list[FoldableLayer]]]:
+def mergeable(model: nn.Module) -> tuple[Adapted, dict[str, list[WeightChange]]]:
     """The adapted model, and the active adapters' layers at each site, whose changes its weights can take.
 
     Raises:
@@ -112,13 +113,15 @@ def mergeable(model: nn.Module) -> tuple[Adapted, dict[str, list[FoldableLayer]]
     return adapted, changes
 
 
-def _active_changes(adapted: Adapted) -> dict[str, list[FoldableLayer]]:
+def _active_changes(adapted: Adapted) -> dict[str, list[WeightChange]]:
     """Site name → the active adapters' layers there, which must all be changes of the weight."""
-    changes: dict[str, list[FoldableLayer]] = {}
+    changes: dict[str, list[WeightChange]] = {}
     for path, slot in adapted.slots.items() if adapted.enabled else ():
         for name in slot.active:
             layer = slot.adapters[name]
-            if not isinstance(layer, FoldableLayer):
+            if isinstance(layer, TiedRows):  # its weight is the one that its embedding's rows go into
+                continue
+            if not isinstance(layer, WeightChange):
                 raise MergeError(
                     f"{path}: adapter {name!r} is a {type(layer).__name__}, which is not linear, so no weight can hold "
                     f"it; activate only adapters that change the weight, then merge"
@@ -138,7 +141,9 @@ def _check_lost(adapted: Adapted, report: MergeReport, most_lost: float) -> None
 
 
 def _check_unshared(adapted: Adapted, paths: Iterable[str]) -> None:
-    owners = parameter_owners(adapted.root)
+    following = {f"{path}.weight" for path, slot in adapted.slots.items() if slot.follows}
+    shared = parameter_owners(adapted.root).items()
+    owners = {key: [name for name in names if name not in following] for key, names in shared}
     for path in paths:
         if reason := why_not_writable(adapted.layer(path), owners):
             raise MergeError(f"{path}: {reason}, then merge")
@@ -147,7 +152,7 @@ def _check_unshared(adapted: Adapted, paths: Iterable[str]) -> None:
 _CHUNK = 2**16  # numbers of a weight that are folded at a time: small enough for a core's own cache
 
 
-def _fold(adapted: Adapted, path: str, adapters: Sequence[FoldableLayer]) -> tuple[Tensor, SiteMerge]:
+def _fold(adapted: Adapted, path: str, adapters: Sequence[WeightChange]) -> tuple[Tensor, SiteMerge]:
     """The folded weight in the layer's layout and dtype, and what rounding did to it."""
     layer, kind = adapted.layer(path), adapters[0].kind
     stored = adapted.folded.get(path, layer.weight.data).to(layer.weight)
@@ -171,7 +176,7 @@ def _fold(adapted: Adapted, path: str, adapters: Sequence[FoldableLayer]) -> tup
 
 
 def _fold_rows(
-    before: Shaped[Tensor, "n in"], after: Shaped[Tensor, "n in"], adapters: Sequence[FoldableLayer], rows: slice
+    before: Shaped[Tensor, "n in"], after: Shaped[Tensor, "n in"], adapters: Sequence[WeightChange], rows: slice
 ) -> Float[Tensor, "3"]:
     """Write some folded rows; returns ‖ΔW‖², ‖(W' − W₀) − ΔW‖² and ‖W₀‖² of them, on the CPU."""
     base = at_least_fp32(before)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rankwise.errors import AttachError
 from rankwise.placement import check_in_memory, check_nested, check_output
 from rankwise.sites import SLOT
-from rankwise.variants.base import AdapterLayer, FoldableLayer
+from rankwise.token_rows import TiedRows
+from rankwise.variants.base import AdapterLayer, WeightChange
 
 
 class Slot(nn.Module):
@@ -58,6 +59,11 @@ class Slot(nn.Module):
             y = self.adapters[name].adapt(layer, x, y)
         return y
 
+    @property
+    def follows(self) -> bool:
+        """Whether all that is on this layer is another's, to whose weight its own is tied."""
+        return bool(self.active) and all(isinstance(self.adapters[name], TiedRows) for name in self.active)
+
     def check_together(self, names: Iterable[str]) -> None:
         """Refuse adapters that cannot be active together here.
 
@@ -65,7 +71,7 @@ class Slot(nn.Module):
             AttachError: one of several changes of the weight cannot be added to others.
         """
         layers = [self.adapters[name] for name in names if name in self.adapters]
-        changes = [layer for layer in layers if isinstance(layer, FoldableLayer)]
+        changes = [layer for layer in layers if isinstance(layer, WeightChange)]
         alone = [type(layer).__name__ for layer in changes if not layer.additive]
         if alone and len(changes) > 1:
             raise AttachError(
@@ -80,7 +86,7 @@ class Slot(nn.Module):
         for name in {*self.active, *self.routed, *present}:
             self.adapters[name].requires_grad_(name in present and trainable[name])
         self.routed = ()
-        self.active = tuple(sorted(present, key=lambda name: not isinstance(self.adapters[name], FoldableLayer)))
+        self.active = tuple(sorted(present, key=lambda name: not isinstance(self.adapters[name], WeightChange)))
 
     def put_on(self, layer: nn.Module) -> "Slot":
         """Hang on a layer."""

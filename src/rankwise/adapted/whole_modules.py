@@ -1,10 +1,10 @@
-"""Modules trained whole beside an adapter: copies of their tensors that take the originals' places for a while.
+"""Tensors trained whole beside an adapter, a module's or its bias alone: copies in the originals' places for a while.
 
 The module keeps its class, its name and its forward; only what its ``weight`` refers to changes. So nothing is wrapped
 and no hook runs, and the original tensors come back as the very same objects.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, cast
 
@@ -13,27 +13,38 @@ from torch import Tensor, nn
 from rankwise.errors import AttachError
 from rankwise.sites import SLOT, WHOLE, base_modules
 
-# Path of a module to train whole → the values to start from, by their names in it, or None for the module's own.
-StartingValues = Mapping[str, Mapping[str, Tensor] | None]
+# Name of a tensor to train whole → the value to start from, or None for the model's own.
+StartingValues = Mapping[str, Tensor | None]
 
 
 class Tensors(nn.Module):
-    """The parameters and buffers that one module owns itself, under their names."""
+    """Some of the parameters and buffers that one module owns itself, under their names."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
-        for name, parameter in module._parameters.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in module._buffers.items():
-            self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+        self.take(module, names)
+
+    def take(self, module: nn.Module, names: Iterable[str]) -> None:
+        """Have these too, as the module holds them now."""
+        for name in names:
+            if name in module._parameters:
+                self.register_parameter(name, module._parameters[name])
+            else:
+                persistent = name not in module._non_persistent_buffers_set
+                self.register_buffer(name, module._buffers[name], persistent=persistent)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors."""
+        return [*self._parameters, *self._buffers]
 
 
 class WholeModule(nn.Module):
-    """One module's original tensors and the adapters' trained copies of them; its child.
+    """One module's original tensors and the adapters' trained copies of them, or of some of them; its child.
 
     Attributes:
         path: of the module.
-        original: what the module came with.
+        original: what the module came with, of the tensors that some copy takes the place of.
         copies: adapter name → trained copy.
         active: whose copy is trained and takes part in the forward; None: the original does.
         shown: whose copy the module holds now; None: the original, as inside ``disabled(model)``.
@@ -42,7 +53,7 @@ class WholeModule(nn.Module):
     def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__()
         self.path = path
-        self.original = Tensors(module)
+        self.original = Tensors(module, ())
         self.copies = nn.ModuleDict()
         self.active: str | None = None
         self.shown: str | None = None
@@ -67,13 +78,18 @@ class WholeModule(nn.Module):
 
     def show(self, module: nn.Module, name: str | None) -> None:
         """Let ``module``, whose child this is, hold the named copy, or the original."""
-        self._holder(self.shown)._buffers.update(module._buffers)  # a forward may have replaced them
-        holder, self.shown = self._holder(name), name
-        module._parameters.update(holder._parameters)
-        module._buffers.update(holder._buffers)
+        for key in self.original._buffers:  # a forward may have replaced them
+            self._holder(self.shown, key)._buffers[key] = module._buffers[key]
+        self.shown = name
+        for key in self.original._parameters:
+            module._parameters[key] = self._holder(name, key)._parameters[key]
+        for key in self.original._buffers:
+            module._buffers[key] = self._holder(name, key)._buffers[key]
 
-    def _holder(self, name: str | None) -> nn.Module:
-        return self.original if name is None else self.copies[name]
+    def _holder(self, name: str | None, key: str) -> nn.Module:
+        """Who has the tensor of this name: the named copy, if it has one, else the original."""
+        copy = None if name is None else cast(Tensors, self.copies[name])
+        return self.original if copy is None or key not in copy.names else copy
 
 
 def check_copyable(path: str, module: nn.Module) -> None:
@@ -95,32 +111,41 @@ def check_copyable(path: str, module: nn.Module) -> None:
             )
 
 
+def base_tensors(path: str, module: nn.Module) -> Iterator[str]:
+    """Names in the model of all tensors that a module has, without the copies of them."""
+    for inner, part in base_modules(module).items():
+        for name in (*part._parameters, *part._buffers):
+            yield ".".join(filter(None, (path, inner, name)))
+
+
 def base_state(path: str, module: nn.Module) -> dict[str, Tensor]:
     """A module's tensors without the copies of them, by their names in the model's state dict."""
     return {
         ".".join(filter(None, (path, inner, name))): tensor
         for inner, part in base_modules(module).items()
-        for name, tensor in Tensors(part).state_dict(keep_vars=True).items()
+        for name, tensor in Tensors(part, [*part._parameters, *part._buffers]).state_dict(keep_vars=True).items()
     }
 
 
-def add_copies(root: nn.Module, name: str, modules: StartingValues, apart: Collection[int] = ()) -> None:
-    """Give the adapter its own copy of each module.
+def add_copies(root: nn.Module, name: str, values: StartingValues, apart: Collection[int] = ()) -> None:
+    """Give the adapter its own copy of each tensor.
 
     Args:
         apart: ids of tied tensors that are copied for each module that has them.
     """
     memo: dict[int, Any] = {}  # tensors that are tied stay tied
-    for path, values in modules.items():
-        for inner, module in base_modules(root.get_submodule(path)).items():
-            if not (module._parameters or module._buffers):
-                continue  # a mere container such as nn.Sequential
-            if WHOLE not in module._modules:
-                module.add_module(WHOLE, WholeModule(f"{path}.{inner}".removesuffix("."), module))
-            whole = cast(WholeModule, module._modules[WHOLE])
-            copy = deepcopy(whole.original, memo)
-            for tensor in apart:
-                memo.pop(tensor, None)
-            if values is not None:
-                copy.load_state_dict({key: values[f"{inner}.{key}".removeprefix(".")] for key in copy.state_dict()})
-            whole.copies[name] = copy
+    by_module: dict[str, dict[str, Tensor | None]] = {}
+    for tensor_name, value in values.items():
+        path, _, key = tensor_name.rpartition(".")
+        by_module.setdefault(path, {})[key] = value
+    for path, tensors in by_module.items():
+        module = root.get_submodule(path)
+        if WHOLE not in module._modules:
+            module.add_module(WHOLE, WholeModule(path, module))
+        whole = cast(WholeModule, module._modules[WHOLE])
+        whole.original.take(module, [key for key in tensors if key not in whole.original.names])
+        copy = deepcopy(Tensors(whole.original, tensors), memo)
+        for tensor in apart:
+            memo.pop(tensor, None)
+        copy.load_state_dict({key: value for key, value in tensors.items() if value is not None}, strict=False)
+        whole.copies[name] = copy

@@ -9,7 +9,7 @@ from rich.table import Table
 from rankwise.combinations import COMBINATIONS
 from rankwise.methods import Method
 from rankwise.optim import OPTIMIZERS
-from rankwise.spec import METHOD_FIELDS
+from rankwise.spec_checks import METHOD_FIELDS
 
 
 def methods_tables() -> Iterator[Table]:

@@ -11,7 +11,7 @@ from rankwise.errors import BrokenFile, MissingTensor, SpecError, UnsafeFile, Un
 from rankwise.files import read_json
 from rankwise.format.names import EXTRA, FORMAT_VERSION, OWN, TENSORS
 from rankwise.methods import name_of, nearest, resolve
-from rankwise.spec import checked
+from rankwise.spec_checks import checked
 from rankwise.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
 
 # Entries that change what an adapter computes, with the value at which they do not; an empty one is off as well.
 _NEUTRAL: dict[str, Any] = {
-    "bias": "none",
     "lora_bias": False,
     "megatron_config": None,
     "layer_replication": None,
-    "trainable_token_indices": None,
     "target_parameters": None,
     "alora_invocation_tokens": None,
     "use_qalora": False,
@@ -49,9 +47,9 @@ _TYPES: dict[str, type] = {
     "alpha_pattern": dict,
 }
 _READ = {
-    "alpha_pattern", "base_model_name_or_path", "exclude_modules", "init_lora_weights", "init_r", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "target_modules", "use_rslora",
+    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights", "init_r",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
+    "target_modules", "trainable_token_indices", "use_rslora",
 }  # fmt: skip
 # Of training, of the search for a start, of how a layer stores its weight, or for the reader.
 _WITHOUT_EFFECT = {
@@ -90,6 +88,10 @@ def stated_fields(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "modules_to_save": _whole_modules(config),
         "dropout": config.get("lora_dropout") or 0.0,
         "variant": variant_marked(config),
+        "bias": config.get("bias") or "none",
+        "trainable_token_indices": config.get("trainable_token_indices") or None,
+        "layers_to_transform": None if (layers := config.get("layers_to_transform")) == [] else layers,
+        "layers_pattern": config.get("layers_pattern") or (),
     }
     try:
         return {name: checked(name, value) for name, value in fields.items()}

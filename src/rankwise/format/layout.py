@@ -20,6 +20,7 @@ from rankwise.format.names import (
     TENSORS,
     is_base_copy,
     is_embedding,
+    is_token_rows,
     site_and_suffix,
     whole_name,
 )
@@ -47,10 +48,21 @@ def _beginnings(path: str) -> list[str]:
 
 
 def whole_keys(keys: Iterable[str], config: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
-    """Those of a file's names that stand for modules' own tensors: trained whole, embeddings', adapted layers'."""
+    """Those of a file's names that stand for modules' own tensors.
+
+    Trained whole, embeddings' and rows of them, adapted layers' own, biases that are trained.
+    """
     names = [key for key in keys if key.startswith(PREFIX)]
     trained = set(keys_under(fields["modules_to_save"], names))
-    whole = [key for key in names if key in trained or is_embedding(key) or is_base_copy(key)]
+    whole = [
+        key
+        for key in names
+        if key in trained
+        or is_embedding(key)
+        or is_base_copy(key)
+        or is_token_rows(key)
+        or (fields["bias"] != "none" and key.endswith(".bias"))
+    ]
     return [key for key in whole if site_and_suffix(key, bare_pairs=is_adalora(config)) is None]
 
 

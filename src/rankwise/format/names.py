@@ -9,9 +9,11 @@ OWN = "RANKWISE_"  # begins the ``peft_type`` of an adapter that no pair express
 
 PREFIX = "base_model.model."  # before a module's path
 PAIR, EMBEDDING_PAIR = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # below an embedding: rows that are trained
 BASE_COPY = "base_layer"  # PEFT saves an adapted embedding's own weight along
 # Modules whose weights PEFT saves whole without being told, where the vocabulary was resized.
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared", "tok_embeddings")
+_TOKENS = "token_adapter"  # PEFT's wrapper of an embedding whose rows are trained
 _TRAINED, _ORIGINAL = "modules_to_save", "original_module"  # what PEFT's wrapper of a module trained whole holds
 _EITHER = ("lora_magnitude_vector",)  # with and without ".weight"
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.(?P<suffix>lora_\w+)(?P<weight>\.weight)?")
@@ -40,14 +42,22 @@ def whole_name(key: str) -> str | None:
     >>> whole_name("base_model.model.head.classifier.modules_to_save.default.0.weight")
     'head.classifier.0.weight'
     """
+    parts = key.removeprefix(PREFIX).split(".")
+    if _TOKENS in parts and not is_token_rows(key):  # what PEFT saves along where the vocabulary was resized
+        place = parts.index(_TOKENS)
+        return ".".join(parts[:place] + parts[place + 2 :]) if parts[place + 1] == BASE_COPY else None
     if copy := _COPY.fullmatch(key):
         return f"{copy['path']}.{copy['rest']}"
-    parts = key.removeprefix(PREFIX).split(".")
     if _TRAINED in parts:
         place = parts.index(_TRAINED)
         named = parts[place + 1 : place + 2] == ["default"]  # an adapter's name
         del parts[place : place + 1 + named]
     return None if _ORIGINAL in parts else ".".join(parts)
+
+
+def is_token_rows(key: str) -> bool:
+    """Whether a name is that of rows of an embedding that are trained."""
+    return key.endswith(f".{TOKEN_ROWS}")
 
 
 def is_base_copy(key: str) -> bool:

@@ -27,7 +27,7 @@ from rankwise.format.names import BASE_COPY, CONFIG, EXTRA, FILES, FORMAT_VERSIO
 from rankwise.format.selection import stated_selection
 from rankwise.methods import name_of
 from rankwise.scaling import Scaling, declared
-from rankwise.spec import LoRA
+from rankwise.spec import LoRA, plain_value
 from rankwise.tensor_files import read_tensors, tensor_bytes
 from rankwise.variants import VARIANTS
 from rankwise.variants.base import PairVariant
@@ -125,8 +125,9 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": {_exactly(path): r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {_exactly(path): a for path, a in alphas.items() if a != alpha},
         "fan_in_fan_out": all(site.kind == "conv1d" for site in adapter.sites.values()),
-        "bias": "none",
+        "bias": spec.bias,
         "modules_to_save": list(spec.modules_to_save) or None,
+        "trainable_token_indices": plain_value(spec.trainable_token_indices),
         # Never "pissa" or "olora": a loader would redo the decomposition on the base.
         "init_lora_weights": True,
         "inference_mode": True,
@@ -224,4 +225,6 @@ def _recorded(source: Path, extra: Mapping[str, Any], stated: LoRA) -> LoRA:
         variant=stated.variant,
         dropout=stated.dropout,
         modules_to_save=stated.modules_to_save,
+        bias=stated.bias,
+        trainable_token_indices=stated.trainable_token_indices,
     )

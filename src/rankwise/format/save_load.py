@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
-from rankwise.adapted.whole_modules import base_state, check_copyable
+from rankwise.adapted.whole_modules import StartingValues, base_state, base_tensors, check_copyable
 from rankwise.adapter import Adapter, SiteAdapter, base_probes, extract, probe, unlike_peft
 from rankwise.algebra.low_rank import LowRank
 from rankwise.algebra.precision import fp32_or_finer
@@ -19,6 +19,7 @@ from rankwise.errors import (
     BaseMismatch,
     MissingTensor,
     ShapeMismatch,
+    TargetError,
     UnexpectedTensor,
     UnsupportedAdapter,
 )
@@ -26,7 +27,7 @@ from rankwise.files import read_json, settled
 from rankwise.format.built import BuiltAdapter, base_layer
 from rankwise.format.configuration import is_own, relative_start, stated_fields
 from rankwise.format.in_use import changed_layers, named_along
-from rankwise.format.names import CONFIG, FILES, TENSORS
+from rankwise.format.names import CONFIG, FILES, TENSORS, TOKEN_ROWS, is_token_rows
 from rankwise.format.own_form import read_own_form, write_own_form
 from rankwise.format.peft import read_pairs, write_adapter
 from rankwise.format.relative import change_of_base, check_untied
@@ -43,8 +44,10 @@ from rankwise.planning import target_layers, whole_modules
 from rankwise.sites import Site, base_modules
 from rankwise.spec import LoRA
 from rankwise.tensor_files import check_fit
+from rankwise.token_rows import TiedRows, TokenRows, beside_layers
+from rankwise.trained_beside import TrainedBeside, trained_biases, trained_tokens
 from rankwise.variants import VARIANTS
-from rankwise.variants.base import FoldableLayer, PairVariant
+from rankwise.variants.base import AdapterLayer, FoldableLayer, PairVariant
 
 
 def save(model: nn.Module, directory: str | Path, *, name: str | None = None) -> None:
@@ -69,17 +72,17 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
         write_adapter(portable(model, name=name), directory)
         return
     layers = adapted.adapter_layers(name)
-    spec, whole = _saved_whole(adapted, name)
+    spec, whole = _saved_whole(adapted, name, layers)
     with adapted.switched_off():
         probes = base_probes(adapted.root, list(layers))
     write_own_form(adapted.root, BuiltAdapter(spec, layers, whole, probes), directory)
 
 
-def _saved_whole(adapted: Adapted, name: str) -> tuple[LoRA, dict[str, Tensor]]:
+def _saved_whole(adapted: Adapted, name: str, layers: Mapping[str, AdapterLayer]) -> tuple[LoRA, dict[str, Tensor]]:
     """The spec of what is saved, and the tensors that are saved whole.
 
-    Those are the ones trained so, a resized vocabulary's, a head's that was tied to a trained one, and those that PEFT
-    would look for because of their names.
+    Those are the ones trained so, rows of an embedding too, a resized vocabulary's, a head's that was tied to a trained
+    one, and those that PEFT would look for because of their names.
 
     Raises:
         AttachError: the model was changed, so that it does not use what would be saved.
@@ -87,6 +90,7 @@ def _saved_whole(adapted: Adapted, name: str) -> tuple[LoRA, dict[str, Tensor]]:
     spec = adapted.specs[name]
     added = dict.fromkeys([*changed_layers(adapted, name), *named_along(adapted, name)])
     whole = adapted.whole_tensors(name)
+    whole |= {f"{path}.{TOKEN_ROWS}": layer.rows for path, layer in layers.items() if isinstance(layer, TokenRows)}
     for path in added:
         whole |= base_state(path, adapted.layer(path))
     return replace(spec, modules_to_save=(*spec.modules_to_save, *added)), whole
@@ -104,12 +108,12 @@ def portable(model: nn.Module, *, name: str | None = None) -> Adapter:
     name = adapted.adapter_name(name)
     layers = adapted.adapter_layers(name)
     changes = {path: layer for path, layer in layers.items() if isinstance(layer, FoldableLayer)}
-    if len(changes) < len(layers):
+    if not all(isinstance(layer, FoldableLayer | TokenRows | TiedRows) for layer in layers.values()):
         raise AttachError(
             f"adapter {name!r} is of variant {name_of(VARIANTS, adapted.specs[name].variant)!r}, which acts behind a "
             f"layer; expected one that changes the layer's weight"
         )
-    spec, whole = _saved_whole(adapted, name)
+    spec, whole = _saved_whole(adapted, name, layers)
     with adapted.switched_off():  # the probe must see the pretrained weights, whatever the anchor
         return extract(adapted.root, spec, changes, whole)
 
@@ -171,7 +175,9 @@ def _built(model: nn.Module, adapter: Adapter, config: Mapping[str, Any], folder
     adapter = with_present_names(model, adapter, folder / TENSORS)
     selection = stated_selection(folder / CONFIG, config, stated_fields(folder / CONFIG, config))
     _check_selected(model, adapter, selection, folder / TENSORS)
-    replaced = changed_embeddings(model, adapter, folder / TENSORS)
+    biases = _biases(model, adapter, folder / TENSORS)
+    rows = _rows(model, adapter, folder / TENSORS)
+    replaced = changed_embeddings(model, adapter, biases, folder / TENSORS)
     modules, start = base_modules(model), relative_start(config)
     if start is not None:
         check_untied(start, model, [path for path in adapter.sites if f"{path}.weight" not in replaced])
@@ -182,39 +188,72 @@ def _built(model: nn.Module, adapter: Adapter, config: Mapping[str, Any], folder
     if not adapter.base_probe:  # another library wrote it
         _check_convolutions(modules, layers, folder)
     trained = adapter.spec.modules_to_save
-    whole = {name: adapter.saved[name] for name in keys_under(trained, adapter.saved)} | replaced
+    whole = {name: adapter.saved[name] for name in [*keys_under(trained, adapter.saved), *biases]} | replaced
     beside = {path for name in replaced if (path := name.rpartition(".")[0]) not in layers}
     spec = replace(adapter.spec, modules_to_save=(*trained, *sorted(beside)))
-    return BuiltAdapter(spec, layers, whole, adapter.base_probe, adapter.base_model, adapter.base_quantised)
+    probe, base, quantised = adapter.base_probe, adapter.base_model, adapter.base_quantised
+    return BuiltAdapter(spec, layers | rows, whole, probe, base, quantised)
 
 
-def _apart(model: nn.Module, whole: Mapping[str, Mapping[str, Tensor]]) -> set[int]:
+def _rows(model: nn.Module, adapter: Adapter, source: Path) -> dict[str, AdapterLayer]:
+    """The layers for embeddings whose rows the file has.
+
+    Raises:
+        BaseMismatch: this model has no such embedding, or too few rows. MissingTensor, UnexpectedTensor,
+            ShapeMismatch: the file's are not those that its configuration names.
+    """
+    try:
+        tokens, tied = trained_tokens(model, adapter.spec.trainable_token_indices)
+    except TargetError as error:
+        raise BaseMismatch(f"{source}: {error}") from None
+    stored = {key.removesuffix(f".{TOKEN_ROWS}"): rows for key, rows in adapter.saved.items() if is_token_rows(key)}
+    stored = {path: rows for path, rows in stored.items() if path not in tied}  # PEFT may have saved those along
+    widths = {path: model.get_submodule(path).get_parameter("weight").shape[1] for path in tokens}
+    expected = {path: torch.empty(len(ids), widths[path], device="meta") for path, ids in tokens.items()}
+    check_fit(source, stored, expected, "trainable_token_indices", "the file is incomplete, or another base's")
+    return beside_layers(model, TrainedBeside((), tokens, tied), stored)
+
+
+def _apart(model: nn.Module, whole: StartingValues) -> set[int]:
     """Ids of the model's tied tensors that the file has different values for: PEFT trains a copy for each module."""
-    given = [
-        (id(tensor), whole[path][key.removeprefix(f"{path}.")])
-        for path in whole
-        for key, tensor in base_state(path, model.get_submodule(path)).items()
-    ]
+    state = base_state("", model)
+    given = [(id(state[name]), value) for name, value in whole.items() if value is not None]
     first = dict(reversed(given))
     return {tensor for tensor, value in given if not torch.equal(first[tensor], value)}
 
 
-def _whole_values(model: nn.Module, adapter: BuiltAdapter, source: Path) -> dict[str, dict[str, Tensor]]:
-    """Path of a module of ``modules_to_save`` → its tensors, checked against the model's own.
+def _biases(model: nn.Module, adapter: Adapter, source: Path) -> list[str]:
+    """Names in the model of the biases that the adapter trained.
+
+    Raises:
+        MissingTensor: the file lacks one.
+    """
+    names = trained_biases(model, adapter.spec.bias, adapter.sites)
+    missing = [name for name in names if name not in adapter.saved]
+    if missing:
+        raise MissingTensor(
+            f"{source}: lacks {missing[0]} ({len(missing)} in all), which bias {adapter.spec.bias!r} asks for in this "
+            f"model; the file is incomplete, or another base's"
+        )
+    return names
+
+
+def _whole_values(model: nn.Module, adapter: BuiltAdapter, source: Path) -> dict[str, Tensor | None]:
+    """Name → tensor, of what is trained whole, checked against the model's own; None where the file need not have it.
 
     PEFT lists heads that a model may have ("classifier", "score"): a name without tensors that fits no module is none.
     """
     known = {end for path in base_modules(model) for end in ends_of(path)}
     adapted = [path for path in adapter.layers if f"{path}.weight" in adapter.whole]  # with another weight of its own
     modules = whole_modules(model, [*adapted, *(name for name in adapter.spec.modules_to_save if name in known)])
-    expected: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Tensor]] = {}
+    biases = trained_biases(model, adapter.spec.bias, adapter.layers)
+    expected: dict[str, Tensor] = {name: model.get_parameter(name) for name in biases}
+    values: dict[str, Tensor | None] = {}
     for path, module in modules.items():
         check_copyable(path, module)
         expected |= base_state(path, module)
-        inside = f"{path}."
-        values[path] = {k.removeprefix(inside): v for k, v in adapter.whole.items() if k.startswith(inside)}
-    strays = adapter.whole.keys() - {f"{path}.{key}" for path, tensors in values.items() for key in tensors}
+        values |= dict.fromkeys(base_tensors(path, module))
+    strays = {name for name in adapter.whole if name not in expected and not _is_inside(name, modules)}
     if strays:
         raise BaseMismatch(f"{source}: has {min(strays)}, of a module that this model lacks; it is another base's")
     hint = (
@@ -222,7 +261,11 @@ def _whole_values(model: nn.Module, adapter: BuiltAdapter, source: Path) -> dict
         "the same vocabulary (model.resize_token_embeddings)"
     )
     check_fit(source, adapter.whole, expected, "this model", hint)
-    return values
+    return {**values, **adapter.whole}
+
+
+def _is_inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in modules)
 
 
 def _check_allowed(whole: Mapping[str, Tensor], names: Sequence[str] | None, source: Path) -> None:

@@ -1,16 +1,13 @@
 """Which modules a configuration adapts: by their names, as PEFT chooses them. Tensors of others PEFT leaves aside."""
 
-import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import SpecError, TargetError, UnexpectedTensor, UnsupportedAdapter
 from rankwise.format.names import CONFIG, TENSORS
-from rankwise.patterns import ends_of, keys_under, matching
-
-_FIRST_INDEX = r".*?\.[^.]*\."  # PEFT's way to the first number in a path where no layers_pattern is given
+from rankwise.patterns import ends_of, in_layers, keys_under, matching
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,7 @@ class Selection:
         everything = set(paths)
         targeted = everything if self.targets == "all-linear" else self._named("target_modules", self.targets, paths)
         if self.layers:
-            exact = everything.intersection(self.targets)  # a whole path needs no number
-            targeted = {path for path in targeted if path in exact or self._layer(path) in self.layers}
+            targeted = in_layers(targeted, self.layers, self.layers_pattern, self.targets)
         return targeted - self._named("exclude_modules", self.excluded, paths) - set(keys_under(self.whole, paths))
 
     def _named(self, field: str, names: str | tuple[str, ...], paths: Collection[str]) -> set[str]:
@@ -59,15 +55,6 @@ class Selection:
             return matching(field, names, list(paths))
         except TargetError as error:
             raise SpecError(f"{self.source}: {error}") from None
-
-    def _layer(self, path: str) -> int | None:
-        """The number of the layer that a module belongs to."""
-        beginnings = [rf"(?:^|.*?\.){re.escape(name)}\." for name in self.layers_pattern] or [_FIRST_INDEX]
-        for beginning in beginnings:
-            match = re.match(rf"{beginning}(\d+)\.", path)
-            if match is not None:
-                return int(match[1])
-        return None
 
     def check(self, paths: Collection[str]) -> None:
         """Refuse a file that has tensors for a module which the configuration does not choose.
@@ -95,21 +82,13 @@ def stated_selection(source: Path, config: Mapping[str, Any], fields: Mapping[st
         SpecError: the numbers of layers, or the names of their lists, cannot be used.
         UnsupportedAdapter: it names no targets.
     """
-    targets, layers = fields["target_modules"], config.get("layers_to_transform")
+    targets, layers = fields["target_modules"], fields["layers_to_transform"]
     if not config.get("target_modules"):
         raise UnsupportedAdapter(
             f"{source}: target_modules is {config.get('target_modules')!r}, which leaves it to PEFT to choose by the "
             f"model's architecture; expected the names of the modules that the file has tensors for: write them there"
         )
-    layers = _as_tuple(source, "layers_to_transform", int, layers)
-    pattern = _as_tuple(source, "layers_pattern", str, config.get("layers_pattern"))
     if layers and isinstance(targets, str):
         raise SpecError(f"{source}: layers_to_transform goes with a list of target_modules, found {targets!r}")
-    return Selection(source, targets, fields["exclude_modules"], fields["modules_to_save"], layers, pattern)
-
-
-def _as_tuple(source: Path, name: str, kind: type, value: Any) -> tuple[Any, ...]:
-    values: Iterable[Any] = () if value is None or value == "" else value if isinstance(value, list) else [value]
-    if not all(type(item) is kind for item in values):
-        raise SpecError(f"{source}: {name} is {value!r}; expected {kind.__name__}, a list of such, or null")
-    return tuple(values)
+    excluded, whole = fields["exclude_modules"], fields["modules_to_save"]
+    return Selection(source, targets, excluded, whole, layers or (), fields["layers_pattern"])

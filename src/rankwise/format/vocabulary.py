@@ -4,6 +4,7 @@ PEFT writes them into the base when it reads the file. Where they are the base's
 model was resized for the adapter, the new rows are in no other file.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 from rankwise.adapter import Adapter
 from rankwise.errors import BaseMismatch, ShapeMismatch
 from rankwise.foldable import parameter_owners
-from rankwise.format.names import is_embedding
+from rankwise.format.names import is_embedding, is_token_rows
 from rankwise.patterns import keys_under
 from rankwise.sites import base_modules
 
 _MOST_CHANGED = 0.5  # share of the rows; of another base's weights all differ
 
 
-def changed_embeddings(model: nn.Module, adapter: Adapter, source: Path) -> dict[str, Tensor]:
+def changed_embeddings(model: nn.Module, adapter: Adapter, biases: Iterable[str], source: Path) -> dict[str, Tensor]:
     """Name in the model → tensor, of the embeddings that the file has with other rows than the model, tied ones too.
 
     Args:
+        biases: names of those that were trained.
         source: the file, for errors.
 
     Raises:
@@ -30,7 +32,7 @@ def changed_embeddings(model: nn.Module, adapter: Adapter, source: Path) -> dict
     """
     modules = base_modules(model)
     changed: dict[str, Tensor] = {}
-    trained = set(keys_under(adapter.spec.modules_to_save, adapter.saved))
+    trained = {*keys_under(adapter.spec.modules_to_save, adapter.saved), *filter(is_token_rows, adapter.saved), *biases}
     for name in adapter.saved.keys() - trained:
         stored = adapter.saved[name]
         path, _, last = name.rpartition(".")

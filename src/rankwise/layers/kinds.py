@@ -150,7 +150,7 @@ class EmbeddingKind(_TransposedKind):
     def add(self, layer: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         # Ids have no elements to drop, so dropout does not apply.
         h = F.embedding(x, A.T.to(y.dtype), padding_idx=layer.padding_idx)  # whose row is not trained
-        term: Tensor = F.linear(h, B.to(y.dtype)) * (scale * self._output_scale(layer))
+        term: Tensor = F.linear(h, B.to(y.dtype)) * (scale * self.output_scale(layer))
         return y + term
 
     def gradient(self, layer: Any, x: Tensor, grad_y: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class EmbeddingKind(_TransposedKind):
         rows.index_add_(0, x.flatten(), as_rows(grad_y).to(dtype))
         if layer.padding_idx is not None:
             rows[layer.padding_idx] = 0.0
-        scaled: Tensor = rows.mul_(self._output_scale(layer))
+        scaled: Tensor = rows.mul_(self.output_scale(layer))
         return scaled.T
 
     def inputs(self, layer: Any, x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class EmbeddingKind(_TransposedKind):
         return None
 
     @staticmethod
-    def _output_scale(layer: Any) -> Any:
+    def output_scale(layer: Any) -> Any:
         """Gemma's embeddings multiply what they look up; the low-rank term must be multiplied too."""
         return getattr(layer, "embed_scale", 1.0)
 

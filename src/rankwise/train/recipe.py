@@ -24,7 +24,8 @@ from rankwise.files import expand_user, is_text
 from rankwise.methods import row
 from rankwise.optim import OPTIMIZERS
 from rankwise.other_names import RUN, hint
-from rankwise.spec import METHOD_FIELDS, LoRA, checked, plain_fields
+from rankwise.spec import LoRA, plain_fields
+from rankwise.spec_checks import METHOD_FIELDS, checked
 from rankwise.train.yaml_text import parse_yaml, read_yaml
 
 # A method is a name from its table, or that name and its options: {name: lora-ga, gamma: 16}.

@@ -51,16 +51,32 @@ class AdapterLayer(nn.Module, ABC):
         """The adapted output, from the layer's input x and its own output y (which may be written into)."""
 
 
-class FoldableLayer(AdapterLayer):
+class WeightChange(AdapterLayer):
     """An adapter that is a change of the weight: ``fold`` defines what ``adapt`` means.
 
     Law: adapt(layer, x, layer(x)) is what the layer with weight fold(W₀) makes of x.
 
     Attributes:
-        additive: whether the change does not depend on W₀, so that several adapters' changes add up.
+        additive: whether several adapters' changes add up.
     """
 
     additive: ClassVar[bool] = True
+
+    @abstractmethod
+    def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
+        """What the adapter adds to the weight W₀, dense, in W₀'s dtype.
+
+        Args:
+            weight: W₀, or those of its rows that ``rows`` names: no change of one row looks at another.
+        """
+
+    def fold(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The weight that alone does what layer and adapter do together; a new tensor."""
+        return weight + self.change(weight)
+
+
+class FoldableLayer(WeightChange):
+    """A change of the weight that is low-rank but for what the variant does to it beside."""
 
     @property
     def scale(self) -> float:
@@ -72,16 +88,7 @@ class FoldableLayer(AdapterLayer):
         """The low-rank change s(BA − B₀A₀); what else the variant does to the weight is in :meth:`change`."""
 
     def change(self, weight: Float[Tensor, "n in"], rows: slice = ALL) -> Float[Tensor, "n in"]:
-        """What the adapter adds to the weight W₀, dense, in W₀'s dtype: :meth:`delta`, and what a variant adds to it.
-
-        Args:
-            weight: W₀, or those of its rows that ``rows`` names: no change of one row looks at another.
-        """
         return self.delta().rows(rows).dense().to(weight.dtype)
-
-    def fold(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The weight that alone does what layer and adapter do together; a new tensor."""
-        return weight + self.change(weight)
 
     def start_to_fold(self) -> LowRank | None:
         """What must be taken off the base weight for this layer to be right; None where the base stays as it is."""
