@@ -411,7 +411,8 @@ def quantised_merge() -> str:
     return (
         "SmolLM2-135M with an adapter of rank 64 trained on the King James Bible: mean KL from the adapted model in "
         "fp32, nats a token, on held-out verses and on this repository's README. `apart`: the adapter beside a rounded "
-        "base; `naive`: added to it and rounded again; `folded`: added to the full-precision base and rounded by the reader:"
+        "base; `naive`: added to it and rounded again; `folded`: added to the full-precision base and rounded by the "
+        "reader:"
         f"\n\n{table(['storage', 'text', *ways], rows)}\n\n"
         f"With 16 batches of 4 verses, CPU time on one thread: {seconds}."
     )

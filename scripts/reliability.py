@@ -478,7 +478,7 @@ FAULTS: tuple[Fault, ...] = (
         ("unit/test_inspection.py::test_which_engines_read_it",
          "unit/test_inspection.py::test_vllms_ranks_and_ollamas_families",
          "unit/test_inspection.py::test_a_rank_of_its_own_is_right_where_the_scale_comes_from_the_tensors",
-         "unit/test_inspection.py::test_modules_to_save_that_no_tensor_belongs_to_are_refused_by_vllm"),
+         "unit/test_inspection.py::test_modules_to_save_that_no_tensor_belongs_to"),
     ),
     Fault(
         "Whole embeddings that PEFT saves beside an adapter, of a resized vocabulary too",

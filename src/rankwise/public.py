@@ -14,8 +14,8 @@ from rankwise.format.save_load import load, save
 from rankwise.optim import param_groups
 from rankwise.pair import Pair, pairs
 from rankwise.planning import plan
-from rankwise.routing.route import route
 from rankwise.quantising import merge_quantised
+from rankwise.routing.route import route
 from rankwise.sites import Site
 from rankwise.spec import Bottleneck, LoRA
 

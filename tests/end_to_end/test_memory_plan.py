@@ -9,7 +9,7 @@ import rankwise as rw
 from rankwise.cli import app
 from rankwise.errors import RecipeError
 from rankwise.train import recipe as recipes
-from rankwise.train.run.memory import _Live, plan_memory
+from rankwise.train.run.memory import LiveBytes, plan_memory
 
 
 def recipe(tiny, **changes):
@@ -26,7 +26,7 @@ def measured(tiny, **changes):
         model.activation_checkpointing_enable()
     model.train()
     ids = torch.zeros(3, 40, dtype=torch.long)
-    with _Live([*model.parameters(), *model.buffers()]) as live:
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return live.peak
 

@@ -101,7 +101,7 @@ def diagnosis(verdicts: Iterable[Verdict]) -> Iterator[RenderableType]:
         for name in ("", "what", "where", "why", "source", "export"):
             table.add_column(name, overflow="fold")
         for finding in verdict.findings:
-            first, more = _shown(finding.sites[0]), len(finding.sites) - 1
+            first, more = shown(finding.sites[0]), len(finding.sites) - 1
             where = f"{first} and {more} more" if more else first
             table.add_row(finding.effect, finding.about, where, finding.why, finding.source, REMEDIES[finding.remedy])
         yield table

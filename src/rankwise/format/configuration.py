@@ -48,8 +48,8 @@ _TYPES: dict[str, type] = {
 }
 _READ = {
     "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights", "init_r",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r", "rank_pattern",
-    "target_modules", "trainable_token_indices", "use_rslora",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "modules_to_save", "peft_type", "r",
+    "rank_pattern", "target_modules", "trainable_token_indices", "use_rslora",
 }  # fmt: skip
 # Of training, of the search for a start, of how a layer stores its weight, or for the reader.
 _WITHOUT_EFFECT = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,7 @@ def add_adapters(service: Service, adapters: Mapping[str, Path], console: Consol
     for name, directory in adapters.items():
         try:
             check_directory(directory)
-            engine.call(lambda name=name, directory=directory: engine.store.add(name, directory)).result()
+            engine.call(partial(engine.store.add, name, directory)).result()
         except RankwiseError as error:
             console.print(f"refused {name}: {type(error).__name__}: {error}", style="red", highlight=False)
         else:

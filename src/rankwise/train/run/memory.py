@@ -58,13 +58,12 @@ class Memory:
         return self.base + self.adapter + self.optimizer + max(self.step, self.evaluation)
 
 
-class _Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that come after it, as long as they live, and keeps the largest sum."""
 
     def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.peak = 0
-        self._now = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._now = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -157,11 +156,11 @@ def _step_bytes(model: PreTrainedModel, pairs: Sequence[Tensor], recipe: Recipe,
     """The most that a forward holds, and a backward where gradients are wanted."""
     ids = torch.zeros(samples, recipe.max_length or 1, dtype=torch.long)
     labels = ids if recipe.task == "causal-lm" else ids[:, 0]
-    with _Live([*model.parameters(), *model.buffers(), *pairs]) as live:
+    with LiveBytes([*model.parameters(), *model.buffers(), *pairs]) as live:
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         if loss.requires_grad:
             loss.backward()
-    return live.peak
+    return int(live.peak)
 
 
 def memory_table(memory: Memory) -> Table:
