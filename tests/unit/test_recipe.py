@@ -208,7 +208,7 @@ def test_every_optimizer_goes_with_a_pair_and_looking_draws_no_random_number(nam
     assert torch.equal(torch.get_rng_state(), state)
 
 
-PATHS = ("model", "data", "eval_data", "init_cache", "output_dir", "resume_from_checkpoint")
+PATHS = ("model", "data", "eval_data", "init_cache", "output_dir", "resume_from_checkpoint", "beside")
 NO_PATHS = {"optim", "report_to", "lr_scheduler_type", "target_modules", "exclude_modules", "layers_pattern"}
 NO_PATHS |= {"init", "scaling", "variant", "optimizer"}  # names from a table
 
@@ -236,3 +236,20 @@ def test_a_users_home_is_meant_in_every_path(write, monkeypatch, tmp_path, name)
     assert getattr(unchanged, name) == "./~/a/~b"
     with pytest.raises(RecipeError, match=rf"`{name}`: expected .*a user's home after ~.*; found '~no-such-user/run'"):
         recipes.parse(values | {name: "~no-such-user/run"})
+
+
+@pytest.mark.parametrize(
+    ("field", "beside"),
+    [
+        ("ship_steps: 4", "ship_rank: 2"),
+        ("restart_rank: 4", "restart_every: 5"),
+        ("rate_probe_steps: 20", "learning_rate: auto"),
+    ],
+)
+def test_a_field_that_nothing_reads_is_refused(tmp_path, field, beside):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: smollm2-135m\ndata: kjv\n{field}\n")
+    with pytest.raises(RecipeError, match=f"`{field.split(':')[0]}`: nothing reads it here"):
+        recipes.load(path)
+    path.write_text(path.read_text() + beside + "\n")
+    recipes.load(path)

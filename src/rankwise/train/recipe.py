@@ -8,7 +8,7 @@ PEFT, because those are what users have in their fingers; the adapter's fields a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import reduce
 from operator import or_
@@ -302,7 +302,21 @@ def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file, if there is one; the command line's flags win over it."""
     flags = flags or {}
     values = {} if path is None else read_yaml(path, _SHORTEST)
-    return parse({**values, **flags}, dict.fromkeys(flags, "command line"), str(path or "command line"))
+    recipe = parse({**values, **flags}, dict.fromkeys(flags, "command line"), str(path or "command line"))
+    for name, (beside, is_there) in _READ_BESIDE.items():
+        if name in recipe.model_fields_set and not is_there(recipe):
+            raise RecipeError(
+                f"`{name}`: nothing reads it here; expected `{beside}` beside it. Add that, or drop this."
+            )
+    return recipe
+
+
+# Fields that only mean something beside another.
+_READ_BESIDE: Mapping[str, tuple[str, Callable[[Recipe], bool]]] = {
+    "ship_steps": ("ship_rank", lambda recipe: recipe.ship_rank is not None),
+    "restart_rank": ("restart_every", lambda recipe: recipe.restart_every is not None),
+    "rate_probe_steps": ("learning_rate: auto", lambda recipe: recipe.learning_rate == "auto"),
+}
 
 
 def parse(values: Mapping[str, Any], sources: Mapping[str, str] | None = None, source: str = "recipe") -> Recipe:

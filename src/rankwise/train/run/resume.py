@@ -55,7 +55,8 @@ def with_rate_of(checkpoint: Path, recipe: Recipe) -> Recipe:
     """The recipe with the rate that the run chose before its first step, where it was to choose one."""
     if recipe.learning_rate != "auto":
         return recipe
-    return recipe.model_copy(update={"learning_rate": checkpoints.facts_of(checkpoint)["recipe"]["learning_rate"]})
+    chosen = checkpoints.facts_of(checkpoint)["recipe"]["learning_rate"]
+    return recipe.model_copy(update={"learning_rate": chosen, "rate_probe_steps": None})
 
 
 def check_exact(checkpoint: Path, now: Mapping[str, Any], console: Console, *, anyway: bool) -> None:

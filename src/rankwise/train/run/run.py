@@ -219,7 +219,7 @@ def _at_chosen_rate(prepared: Prepared, console: Console) -> Prepared:
         choice = prepared.search.choose()
     console.print(str(choice), highlight=False)
     learning_rate.save(choice, recipe.output_dir)
-    recipe = recipe.model_copy(update={"learning_rate": choice.rate})
+    recipe = recipe.model_copy(update={"learning_rate": choice.rate, "rate_probe_steps": None})
     prepared.trainer.take_recipe(recipe)
     return replace(prepared, loaded=replace(prepared.loaded, recipe=recipe), search=None, choice=choice)
 
