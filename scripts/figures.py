@@ -451,6 +451,7 @@ ARMS = {
 COMPARISONS = {
     "kjv": "SmolLM2-135M, King James, rank 8, 32 steps of 2",
     "arithmetic": "SmolLM2-135M, arithmetic, rank 8, 32 steps of 4",
+    "python": "SmolLM2-135M, Python's standard library, rank 8, 32 steps of 2",
 }
 COMPARED = ("LoRA", "LoRA-GA", "spectral", "full, AdamW")
 
