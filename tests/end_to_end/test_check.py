@@ -87,6 +87,14 @@ def test_its_figures_are_those_of_the_step(make):
     assert found.idle == []
 
 
+def test_it_recomputes_activations_where_the_run_does(make):
+    kept = [
+        run.prepare(run.load(make(gradient_checkpointing=checkpointing), SILENT), SILENT).trial.activations
+        for checkpointing in (False, True)
+    ]
+    assert kept[1] < kept[0] / 2
+
+
 def test_a_base_that_is_not_finite_stops_before_any_step(make, changed_model, tmp_path):
     def spoil(model, tokenizer):
         model.model.norm.weight[3] = float("nan")

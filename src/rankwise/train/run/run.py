@@ -128,6 +128,8 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     lock.check_free(loaded.recipe.output_dir)
     if checkpoint is not None:
         resume.check_exact(checkpoint, prepared.trainer.facts, console, anyway=loaded.recipe.resume_anyway)
+    if loaded.recipe.gradient_checkpointing:
+        prepared.trainer.enable_activation_checkpointing()  # what fits in training must fit here
     adapter_start.attach(loaded, prepared.batches, console)
     with busy(console, "Trying one step"):
         trial = try_step(loaded.model, prepared.batches[0])
