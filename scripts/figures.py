@@ -16,6 +16,7 @@ from typing import Any
 
 from rankwise.combinations import COMBINATIONS
 from rankwise.inits import INITS
+from rankwise.inspection.engines import ENGINES, REMEDIES
 from rankwise.optim import OPTIMIZERS
 from rankwise.scaling import SCALINGS
 from rankwise.variants import VARIANTS
@@ -483,6 +484,31 @@ def measured() -> str:
     return "\n\n".join((training_step(), first_step(), starts(), difference_form()))
 
 
+def rules() -> str:
+    rows = [
+        [engine.label, rule.about, rule.effect, rule.why, REMEDIES[rule.remedy], f"`{rule.source}`"]
+        for engine in ENGINES.values()
+        for rule in engine.rules
+    ]
+    versions = ", ".join(f"{engine.label} {engine.version}" for engine in ENGINES.values())
+    head = ["engine", "an adapter with", "as it stands", "because", "export", "read in"]
+    return f"Versions: {versions}.\n\n{table(head, rows)}"
+
+
+def engines() -> str:
+    found = result("engines")
+    rows = [
+        [name, engine, row["form"], f"{row['gap']:.1e}", f"{row['moved']:.1f}"]
+        for name, exports in found["adapters"].items()
+        for engine, row in exports.items()
+    ]
+    head = ["adapter", "engine", "what was written", "largest difference from ours", "the adapter moves them by"]
+    return (
+        "SmolLM2-135M in fp32, logits of a prompt's tokens; of llama.cpp, log-probabilities of the next token, and its "
+        "greedy text is ours. vLLM's and SGLang's files were read by PEFT:\n\n" + table(head, rows)
+    )
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": methods, "measured": measured, "outcome": outcome, "beyond": beyond},
     "docs/examples.md": {"classification": classification},
@@ -504,6 +530,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
+    "docs/export.md": {"rules": rules, "engines": engines},
     "docs/methods.md": {
         "first-step": first_step,
         "evidence": evidence,
