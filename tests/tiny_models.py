@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-import transformers
+import transformers.pytorch_utils
 from torch import nn
 
 import rankwise as rw
@@ -37,7 +37,7 @@ _HEADS = {"head_dim": 8, "tie_word_embeddings": True}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Mistral": {},
-    "Gemma": _HEADS,
+    "Gemma": {**_HEADS, "hidden_act": "gelu"},
     "Gemma2": {**_HEADS, "query_pre_attn_scalar": 8},
     "Gemma3Text": {**_HEADS, "query_pre_attn_scalar": 8, "sliding_window": 16},
     "GPT2": {},
@@ -61,6 +61,14 @@ def tiny_model(family: str, **fields: Any) -> Any:
     torch.manual_seed(0)
     cls = getattr(transformers, _CLASSES.get(family, f"{family}ForCausalLM"))
     return cls(config).eval()
+
+
+def patterns(model: nn.Module) -> dict[str, Any]:
+    """rsLoRA with a rank and an alpha of their own for two of the model's kinds of layers."""
+    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    names = {path.rpartition(".")[2] for path, layer in model.named_modules() if isinstance(layer, linear)}
+    first, *_, last = sorted(names - {"lm_head"})
+    return {"scaling": "rslora", "rank_pattern": {first: 2}, "alpha_pattern": {last: 9}}
 
 
 def adapted(model: nn.Module, size: float = 0.3, **fields: Any) -> nn.Module:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from engine_readers import LLAMA_CPP
-from tiny_models import FAMILIES, adapted, tiny_model
+from tiny_models import FAMILIES, adapted, patterns, tiny_model
 from zoo import relative
 
 import rankwise as rw
@@ -43,8 +43,7 @@ def gguf_name(path: str) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_architecture(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
-    pattern = {"down_proj": 2, "c_fc": 2, "fc2": 2}
-    rw.save(adapted(model, scaling="rslora", rank_pattern=pattern, init="pissa"), tmp_path / "adapter")
+    rw.save(adapted(model, init="pissa", **patterns(model)), tmp_path / "adapter")
     rw.detach(model)
     exported = rw.export(tmp_path / "adapter", "llama.cpp", tmp_path / "out", base=model)
     assert exported.form == "adapter"

@@ -1,6 +1,7 @@
 """The engines' rules: each has an adapter that it is about. doctor, export, and their commands."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ class Block(nn.Module):
 
     def __init__(self, **more: nn.Module) -> None:
         super().__init__()
-        layers = {name: nn.Linear(6, 6) for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")}
-        for name, layer in {**layers, "embed_tokens": nn.Embedding(7, 6), **more}.items():
+        layers = {name: nn.Linear(24, 24) for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")}
+        for name, layer in {**layers, "embed_tokens": nn.Embedding(7, 24), **more}.items():
             self.add_module(name, layer)
 
 
@@ -61,7 +62,6 @@ def bottleneck(folder: Path) -> None:
     rw.save(block, folder)
 
 
-CONV = {"conv": nn.Conv2d(2, 4, 3)}
 # What a rule is about → a directory that has it, and the base where the rule asks for one.
 TRIGGERS: dict[str, tuple[Callable[[Path], None], BaseFacts | None]] = {
     "layers' own state": (bottleneck, None),
@@ -71,9 +71,9 @@ TRIGGERS: dict[str, tuple[Callable[[Path], None], BaseFacts | None]] = {
     ),
     "DoRA": (lambda folder: saved(folder, variant="dora"), None),
     "modules_to_save": (lambda folder: saved(folder, modules_to_save=["lm_head"]), None),
-    "a convolution": (lambda folder: saved(folder, CONV, target_modules=["conv"]), None),
+    "a convolution": (lambda folder: saved(folder, {"conv": nn.Conv2d(2, 4, 3)}, target_modules=["conv"]), None),
     "an embedding other than embed_tokens or lm_head": (
-        lambda folder: saved(folder, {"wpe": nn.Embedding(5, 6)}, target_modules=["wpe"]),
+        lambda folder: saved(folder, {"wpe": nn.Embedding(5, 24)}, target_modules=["wpe"]),
         None,
     ),
     "a rank above 512": (
@@ -144,7 +144,7 @@ def test_verdicts_go_by_the_gravest_and_worst(tmp_path: Path) -> None:
     }  # fmt: skip
     sglang = verdicts["SGLang"]
     assert [finding.effect for finding in sglang.findings] == ["drops", "mis-scales"]
-    assert sglang.findings[1].sites == ("q_proj", "k_proj", "v_proj")
+    assert set(sglang.findings[1].sites) == {"q_proj", "k_proj", "v_proj"}
     assert "lora.py: LoRAAdapter.__init__" in sglang.findings[1].source
     assert sglang.reason.endswith("export writes a merged checkpoint")
 
@@ -159,7 +159,7 @@ def test_dora_needs_its_base_or_a_rank(engine: str, tmp_path: Path) -> None:
             parameter.add_(torch.randn(parameter.shape) * 0.3)
     rw.save(block, tmp_path / "adapter")
     base = rw.detach(block)
-    with pytest.raises(UnsupportedAdapter, match=r"refuses DoRA \(q_proj and 2 more\).*--base"):
+    with pytest.raises(UnsupportedAdapter, match=r"refuses DoRA \(._proj and 2 more\).*--base"):
         rw.export(tmp_path / "adapter", engine, tmp_path / "out")
     exported = rw.export(tmp_path / "adapter", engine, tmp_path / "out", base=base, rank=4)
     read = rw.read(tmp_path / "out")
@@ -185,7 +185,7 @@ def test_sglang_gets_zero_pairs_for_the_rest_of_a_stack(tmp_path: Path) -> None:
     before, after = rw.read(tmp_path / "adapter").sites, rw.read(tmp_path / "out").sites
     assert set(after) == {"q_proj", "v_proj", "up_proj", "gate_proj"}
     for path, site in after.items():
-        expected = before[path].delta.dense() if path in before else torch.zeros(6, 6)
+        expected = before[path].delta.dense() if path in before else torch.zeros(24, 24)
         assert torch.allclose(site.delta.dense(), expected, atol=1e-6)
     (verdict,) = rw.doctor(tmp_path / "out", "sglang")
     assert verdict.answer == "yes"
@@ -199,7 +199,7 @@ def test_relative_pairs_are_written_as_changes_of_the_pretrained_weights(tmp_pat
     )
     wrapped = peft.get_peft_model(Block(), config)
     wrapped.base_model.model.load_state_dict(base.state_dict(), strict=False)
-    x = torch.randn(3, 6)
+    x = torch.randn(3, 24)
     model = peft.get_peft_model(_copy(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -248,6 +248,13 @@ def test_bad_orders(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_strangers_name_of_a_base_is_no_command(tmp_path: Path) -> None:
+    patched(tmp_path / "adapter", base_model_name_or_path="x; touch ran\nPARAMETER y")
+    exported = rw.export(tmp_path / "adapter", "vllm", tmp_path / "a directory")
+    assert shlex.split(exported.start)[2] == "x; touch ran\nPARAMETER y"
+    assert str(tmp_path / "a directory") in shlex.split(exported.start)[-1]
+
+
 # ------------------------------------------------------------------------------------------------ the command line
 
 
@@ -261,7 +268,7 @@ def test_the_doctors_exit_code_and_json(tmp_path: Path) -> None:
     assert [finding["about"] for finding in verdict["findings"]] == ["rsLoRA"]
     result = run.invoke(app, command, env=WIDE)
     assert result.exit_code == 1
-    for text in ("vLLM reads it right", "SGLang", "mis-scales", "q_proj and 2 more", "folds scales into B"):
+    for text in ("vLLM reads it right", "SGLang", "mis-scales", "_proj and 2 more", "folds scales into B"):
         assert text in result.output
     assert run.invoke(app, [*command, "--for", "tgi"], env=WIDE).exit_code == 2
 

@@ -1,5 +1,6 @@
 """export: an adapter as a given engine reads it right."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -211,7 +212,8 @@ class Order:
         return adapter, lost
 
     def _start(self, command: str, out: Path, rank: int = 0) -> str:
-        return command.format(out=out, base=self.facts.base_model or "BASE", rank=rank)
+        base = shlex.quote(self.facts.base_model or "BASE")  # a stranger's file may name anything
+        return command.format(out=shlex.quote(str(out)), path=repr(str(out)), base=base, rank=rank)
 
     def _write_readme(self, place: Path, start: str, findings: Sequence[Finding]) -> None:
         lines = [f"For {self.engine.label} ({self.engine.version}), written by rankwise export.", "", start]
@@ -256,7 +258,7 @@ def _write_gguf(adapter: Adapter, base: nn.Module | None, place: Path) -> None:
 
 def _write_ollama(adapter: Adapter, base: nn.Module | None, place: Path) -> None:
     _write_gguf(adapter, base, place)
-    model = adapter.base_model or "BASE"
+    model = " ".join((adapter.base_model or "BASE").split())  # one line, whatever the adapter's file says
     (place / MODELFILE).write_text(f"FROM {model}\nADAPTER ./{GGUF}\n", encoding="utf-8")
 
 

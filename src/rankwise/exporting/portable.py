@@ -63,8 +63,8 @@ def with_zero_pairs(adapter: Adapter, base: nn.Module, needs: Mapping[str, tuple
     layers = {path: (module, kind) for path, module in base_modules(base).items() if (kind := kind_or_none(module))}
     zeros: dict[str, SiteAdapter] = {}
     for path in adapter.sites:
-        parent, _, name = path.rpartition(".")
-        beside = [f"{parent}.{other}" for other in needs.get(name, ())]
+        name = path.rpartition(".")[2]
+        beside = [f"{path.removesuffix(name)}{other}" for other in needs.get(name, ())]
         zeros |= {
             other: _zero_pair(*layers[other]) for other in beside if other in layers.keys() - adapter.sites.keys()
         }

@@ -94,6 +94,6 @@ LLAMA_CPP = Engine(
         Rule("a PEFT directory", "refuses", "only GGUF is read", _READER, "rewrite", any_adapter),
     ),
     note=no_note,
-    start="llama-server --model <{base} as GGUF> --lora {out}/adapter.gguf",
+    start="llama-server --model base.gguf --lora {out}/adapter.gguf  # base.gguf: convert_hf_to_gguf.py {base}",
     start_merged="python convert_hf_to_gguf.py {out} --outfile model.gguf && llama-server --model model.gguf",
 )

@@ -30,6 +30,6 @@ PEFT = Engine(
         ),
     ),
     note=no_note,
-    start='PeftModel.from_pretrained(model, "{out}")',
-    start_merged='AutoModelForCausalLM.from_pretrained("{out}")',
+    start="PeftModel.from_pretrained(model, {path})",
+    start_merged="AutoModelForCausalLM.from_pretrained({path})",
 )

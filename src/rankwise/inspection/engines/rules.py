@@ -81,7 +81,8 @@ class Engine:
         format: what an export writes for it.
         rules: the gravest first.
         note: case → what to know about starting it with an adapter that it reads right; "" if nothing.
-        start: how to start it with an export; ``{out}``, ``{base}`` and ``{rank}`` are filled in.
+        start: how to start it with an export; ``{out}``, ``{base}`` (as a shell takes them), ``{path}`` (the same as
+            ``{out}``, as Python does) and ``{rank}`` are filled in.
         start_merged: the same with a merged checkpoint.
     """
 
@@ -159,7 +160,7 @@ def other_ranks(case: Case) -> Iterable[str]:
 
 
 def mis_scaled(scale: Callable[[int, int, float], float]) -> Condition:
-    """Sites of which an engine takes another scale.
+    """Sites of which an engine takes another scale; of rsLoRA, which is a rule of its own, none.
 
     Args:
         scale: what it makes of a site's own rank, and the configuration's rank and alpha.
@@ -167,6 +168,8 @@ def mis_scaled(scale: Callable[[int, int, float], float]) -> Condition:
 
     def condition(case: Case) -> Iterable[str]:
         rank, alpha = _stated(case, "rank", 1), _stated(case, "alpha", 1)
+        if _stated(case, "scaling") == "rslora":
+            return ()
         return _sites(case, lambda site: not math.isclose(site.scale, scale(site.rank, rank, alpha)))
 
     return condition
@@ -175,7 +178,8 @@ def mis_scaled(scale: Callable[[int, int, float], float]) -> Condition:
 def patterns(case: Case) -> Iterable[str]:
     """Sites whose scale is not what the configuration's rank and alpha make, by the formula that it states."""
     formula = declared(_stated(case, "scaling") == "rslora")
-    return mis_scaled(lambda site_rank, rank, alpha: formula(alpha, rank))(case)
+    scale = formula(_stated(case, "alpha", 1), _stated(case, "rank", 1))
+    return _sites(case, lambda site: not math.isclose(site.scale, scale))
 
 
 def uneven(case: Case) -> Iterable[str]:
