@@ -44,7 +44,7 @@ GGUF_LIMITS = (
     Rule(
         "an embedding tied to the output head",
         "refuses",
-        "the head is the same tensor, to which the pair is applied too, in another shape",
+        "the head is the same tensor, to which the pair is applied too, in another shape: it aborts",
         "src/llama-graph.cpp: build_lora_mm; src/llama-adapter.cpp: get_weight",
         "merge",
         tied_embeddings,
