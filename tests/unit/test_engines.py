@@ -71,6 +71,11 @@ TRIGGERS: dict[str, tuple[Callable[[Path], None], BaseFacts | None]] = {
     ),
     "DoRA": (lambda folder: saved(folder, variant="dora"), None),
     "modules_to_save": (lambda folder: saved(folder, modules_to_save=["lm_head"]), None),
+    "trained biases": (lambda folder: saved(folder, bias="lora_only"), None),
+    "trained rows of tokens": (
+        lambda folder: saved(folder, trainable_token_indices={"embed_tokens": [1, 3]}),
+        None,
+    ),
     "a convolution": (lambda folder: saved(folder, {"conv": nn.Conv2d(2, 4, 3)}, target_modules=["conv"]), None),
     "an embedding other than embed_tokens or lm_head": (
         lambda folder: saved(folder, {"wpe": nn.Embedding(5, 24)}, target_modules=["wpe"]),

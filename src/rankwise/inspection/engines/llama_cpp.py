@@ -6,6 +6,7 @@ from rankwise.inspection.engines.rules import (
     Rule,
     adalora,
     any_adapter,
+    biases,
     convolutions,
     dora,
     mis_scaled,
@@ -16,6 +17,7 @@ from rankwise.inspection.engines.rules import (
     rslora,
     tied_embeddings,
     tied_heads,
+    token_rows,
 )
 
 _READER = "src/llama-adapter.cpp: llama_adapter_lora_init_impl"
@@ -33,6 +35,8 @@ GGUF_LIMITS = (
         dora,
     ),
     Rule("modules_to_save", "refuses", "a tensor of no pair is unexpected", _READER, "merge", replaced),
+    Rule("trained biases", "refuses", "a tensor of no pair is unexpected", _READER, "merge", biases),
+    Rule("trained rows of tokens", "refuses", "a tensor of no pair is unexpected", _READER, "merge", token_rows),
     Rule(
         "a convolution",
         "refuses",

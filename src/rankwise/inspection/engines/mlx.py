@@ -8,6 +8,7 @@ from rankwise.inspection.engines.rules import (
     Engine,
     Rule,
     any_adapter,
+    biases,
     convolutions,
     dora,
     embeddings,
@@ -17,6 +18,7 @@ from rankwise.inspection.engines.rules import (
     replaced,
     tied_embeddings,
     tied_heads,
+    token_rows,
     uneven,
 )
 
@@ -35,6 +37,15 @@ MLX = Engine(
     rules=(
         Rule("layers' own state", "refuses", "only pairs are read", _LOAD, "none", own_form),
         Rule("modules_to_save", "refuses", "tensors beside lora_a, lora_b and m are refused", _LOAD, "merge", replaced),
+        Rule("trained biases", "refuses", "tensors beside lora_a, lora_b and m are refused", _LOAD, "merge", biases),
+        Rule(
+            "trained rows of tokens",
+            "refuses",
+            "tensors beside lora_a, lora_b and m are refused",
+            _LOAD,
+            "merge",
+            token_rows,
+        ),
         Rule(
             "a convolution", "refuses", "there is no layer of pairs for it", f"{_LAYERS}.to_lora", "merge", convolutions
         ),

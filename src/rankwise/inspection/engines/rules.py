@@ -154,6 +154,16 @@ def replaced(case: Case) -> Iterable[str]:
     return case.facts.replaced
 
 
+def biases(case: Case) -> Iterable[str]:
+    """Biases that were trained."""
+    return WHOLE_ADAPTER if _stated(case, "bias", "none") != "none" else ()
+
+
+def token_rows(case: Case) -> Iterable[str]:
+    """Rows of single tokens that were trained."""
+    return WHOLE_ADAPTER if _stated(case, "trainable_token_indices") else ()
+
+
 def other_ranks(case: Case) -> Iterable[str]:
     """Sites whose rank is not the configuration's."""
     return _sites(case, lambda site: site.rank != _stated(case, "rank"))

@@ -7,6 +7,7 @@ from rankwise.inspection.engines.rules import (
     Engine,
     Rule,
     adalora,
+    biases,
     convolutions,
     dora,
     largest_rank,
@@ -17,6 +18,7 @@ from rankwise.inspection.engines.rules import (
     relative,
     replaced,
     rslora,
+    token_rows,
     without,
 )
 
@@ -51,6 +53,22 @@ SGLANG = Engine(
             f"{_ADAPTER}._process_weight",
             "merge",
             replaced,
+        ),
+        Rule(
+            "trained biases",
+            "drops",
+            "of a layer's tensors only lora_A and lora_B are put into its buffers",
+            "sglang/srt/lora/mem_pool.py: LoRAMemoryPool.load_lora_weight_to_buffer",
+            "merge",
+            biases,
+        ),
+        Rule(
+            "trained rows of tokens",
+            "drops",
+            "tensors of no layer and no target are skipped without a word",
+            f"{_ADAPTER}._process_weight",
+            "merge",
+            token_rows,
         ),
         Rule(
             "a convolution",

@@ -8,6 +8,7 @@ from rankwise.inspection.engines.rules import (
     Rule,
     above,
     adalora,
+    biases,
     convolutions,
     dora,
     embeddings,
@@ -16,6 +17,7 @@ from rankwise.inspection.engines.rules import (
     patterns,
     relative,
     replaced,
+    token_rows,
 )
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
@@ -62,6 +64,15 @@ VLLM = Engine(
             f"{_HELPER}._validate_features",
             "merge",
             _other_whole_modules,
+        ),
+        Rule("trained biases", "refuses", "bias must be none", f"{_HELPER}.validate_legal", "merge", biases),
+        Rule(
+            "trained rows of tokens",
+            "refuses",
+            "their tensors' names are not those of pairs",
+            "vllm/lora/utils.py: parse_fine_tuned_lora_name",
+            "merge",
+            token_rows,
         ),
         Rule(
             "a convolution",
