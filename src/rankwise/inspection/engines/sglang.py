@@ -56,8 +56,8 @@ SGLANG = Engine(
         ),
         Rule(
             "trained biases",
-            "drops",
-            "of a layer's tensors only lora_A and lora_B are put into its buffers",
+            "refuses",
+            "a layer's tensor that is no lora_A is taken for lora_B, and does not fit",
             "sglang/srt/lora/mem_pool.py: LoRAMemoryPool.load_lora_weight_to_buffer",
             "merge",
             biases,
