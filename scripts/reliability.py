@@ -24,6 +24,7 @@ class Fault(NamedTuple):
     tests: tuple[str, ...]
 
 
+_API, _ENGINE = "unit/test_serve_api.py", "unit/test_serve_engine.py"
 _RESUME, _TINY = "end_to_end/test_resume.py", "end_to_end/test_train_tiny.py"
 _FORMS, _WRITTEN = "unit/test_data.py", "unit/test_checkpoints.py"
 _CHATS, _TOKENS = "unit/test_chat.py", "unit/test_tokens.py"
@@ -517,6 +518,37 @@ FAULTS: tuple[Fault, ...] = (
         "agrees.",
         ("parity/test_differential.py::test_we_read_what_peft_writes_or_refuse_it_by_name",
          "parity/test_differential.py::test_peft_reads_what_we_write"),
+    ),
+    Fault(
+        "A request to the server that is malformed, oversized, or asks for what is not served",
+        "An error in OpenAI's form that says what to do; nothing is left of it.",
+        (f"{_API}::test_errors_have_openai_s_form", f"{_API}::test_what_is_no_json_is_said",
+         f"{_API}::test_too_large_a_request_is_refused", f"{_API}::test_the_queue_has_an_end"),
+    ),
+    Fault(
+        "A client of the server that vanishes",
+        "Its row is free at the next step, streamed or not.",
+        (f"{_API}::test_a_client_that_vanishes_frees_its_row", f"{_ENGINE}::test_who_vanishes_frees_the_row"),
+    ),
+    Fault(
+        "A served adapter that is broken, another base's, too large, or not finite; a model that fails",
+        "It is refused, or its answers are, by name; the others go on.",
+        (f"{_ENGINE}::test_a_broken_adapter_is_refused", f"{_ENGINE}::test_a_foreign_adapter_is_refused",
+         f"{_ENGINE}::test_too_large_an_adapter_is_refused",
+         f"{_ENGINE}::test_an_adapter_that_says_nothing_finite_fails_alone",
+         f"{_ENGINE}::test_a_model_that_fails_fails_those_under_way_only"),
+    ),
+    Fault(
+        "A served adapter unloaded, or pushed out of memory, while it is in use",
+        "It stays until its last answer has ended.",
+        (f"{_ENGINE}::test_an_adapter_that_is_unloaded_answers_to_the_end",
+         f"{_ENGINE}::test_the_longest_unused_leaves_and_those_in_use_stay"),
+    ),
+    Fault(
+        "SIGTERM to the server",
+        "Answers under way are finished, new ones are not taken.",
+        ("end_to_end/test_serving.py::test_a_stop_finishes_what_is_under_way",
+         f"{_ENGINE}::test_closing_tells_everybody"),
     ),
 )  # fmt: skip
 

@@ -32,6 +32,8 @@ COMMANDS = {
     "study": ["ranks", "--model=m", "--data=d", "--out=NAME"],
     "compare": ["--model=m", "--data=d", "--arms=NAME"],
     "demo": ["--out=NAME"],
+    "serve": ["x", "--adapters=NAME"],
+    "chat": ["name=NAME"],
 }
 
 

@@ -9,9 +9,18 @@ import typer
 from rankwise.cli.app import Base, terminal, text_of, uncollected
 from rankwise.files import expand_user
 
+
+def named_directory(text: str) -> str:
+    """``DIR`` or ``NAME=DIR``, with the user's home in the place of ``~``."""
+    name, separator, directory = text.partition("=")
+    return f"{name}{separator}{expand_user(directory)}" if directory.startswith("~") else expand_user(text)
+
+
 Directories = Annotated[
     list[str],
-    typer.Argument(metavar="DIR...", help="Adapter directories, directories of them, or NAME=DIR."),
+    typer.Argument(
+        parser=named_directory, metavar="DIR...", help="Adapter directories, directories of them, or NAME=DIR."
+    ),
 ]
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0.001, max=1, help="Draw from the fewest tokens that are this likely.")]
@@ -22,7 +31,11 @@ def serve(
     base: Annotated[str, typer.Argument(parser=expand_user, metavar="BASE", help="The model: a name or a directory.")],
     adapters: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR", help="An adapter's directory, a directory of them, or NAME=DIR. Once for each."),
+        typer.Option(
+            parser=named_directory,
+            metavar="DIR",
+            help="An adapter's directory, a directory of them, or NAME=DIR. Once for each.",
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
@@ -65,7 +78,7 @@ def serve(
         load_from_anywhere=load_from_anywhere,
         grace=grace,
     )
-    served(base, [expand_user(adapter) for adapter in adapters or []], options, terminal(), engine=engine)
+    served(base, adapters or [], options, terminal(), engine=engine)
 
 
 def chat(
@@ -86,4 +99,4 @@ def chat(
         from rankwise.serve.sampling import Sampling
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    talk([expand_user(adapter) for adapter in adapters], base, system, sampling, terminal())
+    talk(adapters, base, system, sampling, terminal())

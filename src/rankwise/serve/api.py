@@ -32,7 +32,10 @@ from rankwise.serve.schema import ChatRequest, CompletionRequest, LoadRequest, U
 
 T = TypeVar("T")
 _CLIENT_GONE = 499  # nginx's status for it; nobody reads it
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 _SHOWN = 3  # errors of a malformed request that are told
 
 
