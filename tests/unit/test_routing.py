@@ -143,7 +143,7 @@ def test_gradient_checkpointing_after_other_blocks(reentrant: bool, dropout: flo
     """Forwards that run again do so with the rows they ran with first: two routed ones and one that is not."""
     gradients = []
     for checkpointing in (False, True):
-        model = routed_llama(dropout).train()
+        model = routed_llama(dropout).double().train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_after_other_blocks(reentrant: bool, dropout: flo
     assert gradients[0].keys() == gradients[1].keys()
     for path, gradient in gradients[0].items():
         assert gradient.any()
-        assert relative(gradients[1][path], gradient) < 1e-5, path
+        assert relative(gradients[1][path], gradient) < 1e-10, path
 
 
 def test_what_is_trained():
@@ -242,7 +242,7 @@ def test_a_layer_that_does_not_tell_rows_apart():
     model = TimeFirst()
     for name in ("a", "b"):
         rw.attach(model, rw.LoRA(rank=2), name=name)
-    with pytest.raises(RoutingError, match=r"^layer: the input \[5, 2, 6\]"), rw.route(model, ["a", "b"]):
+    with pytest.raises(RoutingError, match=r"^layer: \[5, 2, 6\] at this layer"), rw.route(model, ["a", "b"]):
         model(torch.randn(2, 5, 6))
     with rw.route(model, ["a", "a"]):  # one adapter for all
         mixed = model(torch.randn(2, 5, 6))

@@ -55,9 +55,6 @@ def route(model: nn.Module, rows: Iterable[str | None]) -> Iterator[None]:
     finally:
         router.close()
         handle.remove()
-        if not router.spans:  # nothing can run again
-            for slot in adapted.slots.values():
-                slot.router = None
 
 
 def _checked(adapted: Adapted, rows: Iterable[str | None]) -> list[str | None]:
@@ -93,7 +90,7 @@ def _router(adapted: Adapted) -> Router:
     return next((router for router in routers if isinstance(router, Router)), None) or Router()
 
 
-def _let_train(slot: Slot, names: tuple[str, ...], trainable: dict[str, bool]) -> None:
+def _let_train(slot: Slot, names: Iterable[str], trainable: dict[str, bool]) -> None:
     """Train those of the named adapters that are here and were not trained before."""
     new = [name for name in names if name in slot.adapters and name not in (*slot.active, *slot.routed)]
     for name in new:
