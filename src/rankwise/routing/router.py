@@ -85,7 +85,7 @@ class Router:
             if stack is None:
                 return self._adapted(rows, slot, layer, x, y)
             self.stacks[slot.site_name] = stack
-        if stack.drops() or not (rows.are_alike or y.shape[0] == len(rows.names)):
+        if stack.drops() or not (rows.are_alike or self._in_rows(y, rows, slot, y.dim() - 1) is y):
             return self._adapted(rows, slot, layer, x, y)
         return stack.add(writable(layer, y), x)
 
@@ -105,17 +105,27 @@ class Router:
             axes: how many of its axes stand before those of one vector or image.
         """
         count, size = len(rows.names), tensor.shape[0] if axes else 0
-        if size == count:
-            return tensor
-        if size == 1:  # what all rows share, such as position ids [1, t]
+        if size == 1 < count and (axes > 1 or tensor.dim() > 1):  # what all rows share, such as position ids [1, t]
             return tensor.expand(count, *tensor.shape[1:])
-        if axes == 1 and size and size % count == 0:  # tokens in one axis, sequence after sequence
-            return tensor.view(count, -1, *tensor.shape[1:])
+        if size == count and (axes > 1 or self._in_order(slot, tensor, 1)):
+            return tensor
+        if axes == 1 and size and size % count == 0 and self._in_order(slot, tensor, size // count):
+            return tensor.view(count, -1, *tensor.shape[1:])  # tokens in one axis, sequence after sequence
         raise RoutingError(
             f"{slot.site_name}: {list(tensor.shape)} at this layer does not tell {count} rows apart; expected "
-            f"[{count}, ...], [1, ...] or [{count}·length, features]: leave the layer out of the adapters "
+            f"[{count}, ...], [1, ...] or all tokens of all rows in order: leave the layer out of the adapters "
             f"(exclude_modules), or run each adapter's rows in a batch of their own"
         )
+
+    def _in_order(self, slot: Slot, tensor: Tensor, length: int) -> bool:
+        """Whether one axis goes row by row: ``length`` tokens of each, all that there are.
+
+        It may as well be positions [t], or the tokens that chose an expert, of which there happen to be as many.
+        """
+        if tensor.dim() == 1 or {"expert", "experts"} & {*slot.site_name.split(".")}:
+            return False
+        known = None if torch.compiler.is_compiling() or _current_graph_task_id() != -1 else self.length
+        return known is None or length == known or (length == 1 and known != len(tensor))
 
     def _rows_now(self) -> Rows | None:
         """Those of the open block; where a forward runs again in a backward pass, those that it ran with first."""
