@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import rankwise as rw
 
 ROWS, RANK, WIDTH = 32, 8, 2048
+COUNTS = (8, 1, 4, 16)
 NAMES = [f"adapter{number}" for number in range(ROWS)]
 
 
@@ -132,7 +133,7 @@ def kept_bytes(run: Callable[[], Any], model: nn.Module) -> int:
 def training(rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     from rankwise.train.model.pretrained import load_pretrained
 
-    return {str(count): _training(load_pretrained("smollm2-135m")[0], count, rounds, clock) for count in (1, 4, 8, 16)}
+    return {str(count): _training(load_pretrained("smollm2-135m")[0], count, rounds, clock) for count in COUNTS}
 
 
 def _training(model: Any, count: int, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:

@@ -295,6 +295,21 @@ def test_a_layer_that_does_not_tell_rows_apart():
     assert mixed.shape == (2, 5, 6)
 
 
+def test_tokens_of_their_own_and_a_head_that_is_tied_to_them():
+    model = llama().double()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    for name, tokens in (("first", [3, 5]), ("second", [5, 7])):
+        rw.attach(model, rw.LoRA(rank=1, trainable_token_indices=tokens), name=name)
+        perturb(model)
+    x, rows = torch.tensor([[3, 5, 7, 9]] * 3), ["second", None, "first"]
+    with rw.route(model, rows):
+        mixed = model(x).logits
+    for row, name in enumerate(rows):
+        with alone(model, name):
+            assert relative(mixed[row : row + 1], model(x[:1]).logits) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["whole", "without"])
 def test_modules_trained_whole_are_refused(name: str):
     model = llama()

@@ -68,13 +68,13 @@ def _checked(adapted: Adapted, rows: Iterable[str | None]) -> list[str | None]:
         for name in names:
             if name is not None and name in whole.copies:
                 raise RoutingError(
-                    f"{path}: adapter {name!r} has a whole copy of this module (modules_to_save), which rows cannot "
-                    f"have apart; activate it and run its rows in a batch of their own"
+                    f"{path}: adapter {name!r} has a copy of this module's tensors (modules_to_save, bias), which rows "
+                    f"cannot have apart; activate it and run its rows in a batch of their own"
                 )
         if whole.active is not None:
             raise RoutingError(
-                f"{path}: the active adapter {whole.active!r} has a whole copy of this module (modules_to_save), which "
-                f"every row would get; activate an adapter without one first"
+                f"{path}: the active adapter {whole.active!r} has a copy of this module's tensors (modules_to_save, "
+                f"bias), which every row would get; activate an adapter without one first"
             )
     if adapted.folded and len(set(names)) > 1:
         raise RoutingError(
