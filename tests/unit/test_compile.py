@@ -7,6 +7,7 @@ import copy
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def _model(init: str, variant: str, dropout: float) -> tuple[nn.Module, Tensor]:
 def _grads(model: nn.Module, run: nn.Module, x: Tensor) -> list[Tensor]:
     model.zero_grad()
     run(x).square().mean().backward()
-    return [p.grad.clone() for p in rw.trainable_parameters(model)]
+    return [p.grad.clone() for p in rw.trainable_parameters(model) if p.grad is not None]
 
 
 def same_as_without(init: str, variant: str) -> None:
@@ -145,6 +146,22 @@ def traced(variant: str, with_gradient: bool) -> None:
     assert not torch.equal(dropping(x), dropping(x))
 
 
+def rows_of_several_adapters() -> None:
+    """Compiled in a block and outside of one, with other rows later."""
+    model, x = _model("pissa", "lora", 0.0)
+    rw.attach(model, rw.LoRA(rank=3, variant="dora"), name="stretched")
+    with torch.no_grad():
+        for parameter in rw.trainable_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for rows in (["default", None, "stretched"], None, ["stretched", "stretched", "default"], ["default"] * 3):
+        with rw.route(model, rows) if rows else nullcontext():
+            torch.testing.assert_close(compiled(x), model(x))
+            gradients = _grads(model, compiled, x)
+            for found, gradient in zip(gradients, _grads(model, model, x), strict=True):
+                torch.testing.assert_close(found, gradient)
+
+
 CASES = {
     **{
         f"traced {variant} {with_gradient}": (traced, variant, with_gradient)
@@ -160,6 +177,7 @@ CASES = {
     "blocks": (blocks_compiled_alone, False),
     "blocks in one graph": (blocks_compiled_alone, True),
     "dropout": (dropout_still_drops,),
+    "rows": (rows_of_several_adapters,),
     "later": (adapters_that_come_and_go_later_are_followed,),
     "bare wrapper": (the_wrapper_itself_may_be_handed_over,),
     "wrapper": (a_compiled_wrapper_is_seen_through,),

@@ -7,6 +7,7 @@ The backward pass can itself be differentiated (``create_graph=True``). Where a 
 forward-mode differentiation is active the two products are computed plainly, as under the compiler.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def add_low_rank(
         dropout: probability of dropping an element of x; 0 outside training.
     """
     if not torch.is_grad_enabled():
-        return _add(y, _down(x, A, y.dtype, dropout, _draw_seed(dropout)), B, _gain(scale, dropout))
-    return _AddLowRank.apply(y, x, A, B, _gain(scale, dropout), dropout, _draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
+        return add(y, down(x, A, y.dtype, dropout, draw_seed(dropout)), B, gain(scale, dropout))
+    return _AddLowRank.apply(y, x, A, B, gain(scale, dropout), dropout, draw_seed(dropout))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def plain_sum(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
@@ -49,12 +50,12 @@ def as_rows(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "rows n"]:
 _LANE = 2**16  # a 16-bit lane of a random word decides over one element, so p is rounded to a multiple of 1/65536
 
 
-def _gain(scale: float, dropout: float) -> float:
+def gain(scale: float, dropout: float) -> float:
     """Inverted dropout's 1/(1 − p) folded into the scale: the mask is then 0 or 1."""
     return scale / (1.0 - round(dropout * _LANE) / _LANE)
 
 
-def _draw_seed(dropout: float) -> int:
+def draw_seed(dropout: float) -> int:
     """A seed from the global CPU generator, which gradient checkpointing restores before it runs a forward again."""
     return int(torch.randint(2**31 - 1, ())) if dropout else 0
 
@@ -71,14 +72,15 @@ def _mask(like: Tensor, dropout: float, seed: int) -> Tensor:
     return torch.ge(lanes.view(like.shape), round(dropout * _LANE) - _LANE // 2, out=mask)  # no boolean in between
 
 
-def _down(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
+def down(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: float, seed: int) -> Tensor:
+    """dropout(x) Aᵀ without the gain, [tokens, r]."""
     x = x.to(dtype)
     if dropout:
         x = _mask(x, dropout, seed).mul_(x)
     return (as_rows(x) @ A.to(dtype).T).to(dtype)  # autocast may have made it narrower than y
 
 
-def _add(y: Tensor, h: Tensor, B: Tensor, gain: float) -> Tensor:
+def add(y: Tensor, h: Tensor, B: Tensor, gain: float) -> Tensor:
     """y += gain · h Bᵀ; h is [tokens, r]."""
     if not y.is_contiguous():
         y = y.contiguous()
@@ -89,8 +91,8 @@ def _add(y: Tensor, h: Tensor, B: Tensor, gain: float) -> Tensor:
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, gain: float, dropout: float, seed: int) -> Tensor:
-        h = _down(x, A, y.dtype, dropout, seed)
-        out = _add(y, h, B, gain)
+        h = down(x, A, y.dtype, dropout, seed)
+        out = add(y, h, B, gain)
         if out is y:
             ctx.mark_dirty(y)
         ctx.save_for_backward(x.clone() if x.is_inference() else x, h, A, B)
@@ -100,22 +102,38 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
-        x, h, A, B = ctx.saved_tensors
-        gain, dropout, seed = ctx.constants
-        _, wants_x, wants_A, wants_B = ctx.needs_input_grad[:4]
-        dtype = grad_y.dtype
-        if torch.is_grad_enabled():  # with create_graph; the h that was kept does not know where it comes from
-            h = _down(x, A, dtype, dropout, seed)
-        mask = _mask(x.to(dtype), dropout, seed) if dropout and (wants_x or wants_A) else None
-        rows = as_rows(grad_y)
-        grad_h = (rows @ B.to(dtype)).mul_(gain)  # [tokens, r]
-        grad_x = grad_A = grad_B = None
-        if wants_B:
-            grad_B = (h.T @ rows).mul_(gain).to(B.dtype).T  # r rows at a time: up to 3× faster than rowsᵀ h
-        if wants_A:
-            seen = x.to(dtype) if mask is None else x.to(dtype) * mask
-            grad_A = (grad_h.T @ as_rows(seen)).to(A.dtype)
-        if wants_x:
-            grad_x = (grad_h @ A.to(dtype)).view(x.shape)
-            grad_x = (grad_x if mask is None else grad_x.mul_(mask)).to(x.dtype)
-        return grad_y, grad_x, grad_A, grad_B, None, None, None
+        grads = gradients(grad_y, ctx.saved_tensors, ctx.constants, ctx.needs_input_grad[1:4])
+        return grad_y, *grads, None, None, None
+
+
+def gradients(
+    grad_y: Tensor,
+    saved: Sequence[Tensor],
+    constants: tuple[float, float, int],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, A and B, or None where they are not needed.
+
+    Args:
+        saved: x, x Aᵀ, A, B.
+        constants: gain, dropout and its seed.
+    """
+    x, h, A, B = saved
+    gain, dropout, seed = constants
+    wants_x, wants_A, wants_B = needs
+    dtype = grad_y.dtype
+    if torch.is_grad_enabled():  # with create_graph; the h that was kept does not know where it comes from
+        h = down(x, A, dtype, dropout, seed)
+    mask = _mask(x.to(dtype), dropout, seed) if dropout and (wants_x or wants_A) else None
+    rows = as_rows(grad_y)
+    grad_h = (rows @ B.to(dtype)).mul_(gain)  # [tokens, r]
+    grad_x = grad_A = grad_B = None
+    if wants_B:
+        grad_B = (h.T @ rows).mul_(gain).to(B.dtype).T  # r rows at a time: up to 3× faster than rowsᵀ h
+    if wants_A:
+        seen = x.to(dtype) if mask is None else x.to(dtype) * mask
+        grad_A = (grad_h.T @ as_rows(seen)).to(A.dtype)
+    if wants_x:
+        grad_x = (grad_h @ A.to(dtype)).view(x.shape)
+        grad_x = (grad_x if mask is None else grad_x.mul_(mask)).to(x.dtype)
+    return grad_x, grad_A, grad_B

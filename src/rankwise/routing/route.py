@@ -48,16 +48,13 @@ def route(model: nn.Module, rows: Iterable[str | None]) -> Iterator[None]:
     for slot in adapted.slots.values():
         slot.router = router
         _let_train(slot, checked.adapters, adapted.trainable)
-    handle = adapted.root.register_forward_pre_hook(_BatchCheck(len(checked.names)), with_kwargs=True)
+    handle = adapted.root.register_forward_pre_hook(_BatchCheck(router, len(checked.names)), with_kwargs=True)
     router.open(checked)
     try:
         yield
     finally:
         router.close()
         handle.remove()
-        if not router.spans:  # nothing can run again
-            for slot in adapted.slots.values():
-                slot.router = None
 
 
 def _checked(adapted: Adapted, rows: Iterable[str | None]) -> list[str | None]:
@@ -71,13 +68,13 @@ def _checked(adapted: Adapted, rows: Iterable[str | None]) -> list[str | None]:
         for name in names:
             if name is not None and name in whole.copies:
                 raise RoutingError(
-                    f"{path}: adapter {name!r} has a whole copy of this module (modules_to_save), which rows cannot "
-                    f"have apart; activate it and run its rows in a batch of their own"
+                    f"{path}: adapter {name!r} has a copy of this module's tensors (modules_to_save, bias), which rows "
+                    f"cannot have apart; activate it and run its rows in a batch of their own"
                 )
         if whole.active is not None:
             raise RoutingError(
-                f"{path}: the active adapter {whole.active!r} has a whole copy of this module (modules_to_save), which "
-                f"every row would get; activate an adapter without one first"
+                f"{path}: the active adapter {whole.active!r} has a copy of this module's tensors (modules_to_save, "
+                f"bias), which every row would get; activate an adapter without one first"
             )
     if adapted.folded and len(set(names)) > 1:
         raise RoutingError(
@@ -93,7 +90,7 @@ def _router(adapted: Adapted) -> Router:
     return next((router for router in routers if isinstance(router, Router)), None) or Router()
 
 
-def _let_train(slot: Slot, names: tuple[str, ...], trainable: dict[str, bool]) -> None:
+def _let_train(slot: Slot, names: Iterable[str], trainable: dict[str, bool]) -> None:
     """Train those of the named adapters that are here and were not trained before."""
     new = [name for name in names if name in slot.adapters and name not in (*slot.active, *slot.routed)]
     for name in new:
@@ -104,16 +101,19 @@ def _let_train(slot: Slot, names: tuple[str, ...], trainable: dict[str, bool]) -
 class _BatchCheck:
     """A forward pre-hook of the model: its inputs must have as many rows as were named."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, router: Router, count: int) -> None:
+        self.router = router
         self.count = count
 
     def __call__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-        if sizes and self.count not in sizes:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        if tensors and self.count not in [tensor.shape[0] for tensor in tensors]:
             raise RoutingError(
-                f"rankwise.route was given {self.count} rows, the batch has {sizes[0]}; expected one adapter name (or "
-                f"None) for each sequence that the model sees: with beams or several sequences a prompt, name each "
-                f"prompt's adapter that many times"
+                f"rankwise.route was given {self.count} rows, the batch has {len(tensors[0])}; expected one adapter "
+                f"name (or None) for each sequence that the model sees: with beams or several sequences a prompt, name "
+                f"each prompt's adapter that many times"
             )
+        sequences = [t for t in tensors if t.dim() > 2 or (t.dim() == 2 and not t.is_floating_point())]
+        self.router.length = sequences[0].shape[1] if sequences else None

@@ -1,13 +1,29 @@
-"""Rows: which adapter each row of a batch belongs to, and what that means for one layer's input."""
+"""Rows: which adapter each row of a batch belongs to, and how rows lie together."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import gcd
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.adapted.slot import Slot
-from rankwise.errors import RoutingError
-from rankwise.shapes import Int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of the same length of blocks, each block with one adapter.
+
+    Attributes:
+        count: of all blocks.
+        names: the adapter of each block that has one.
+        chosen: those blocks among all; None where all of them have one.
+    """
+
+    count: int
+    names: tuple[str, ...]
+    chosen: list[int] | None
 
 
 class Rows:
@@ -15,64 +31,45 @@ class Rows:
 
     Attributes:
         names: of the rows, in order.
+        adapters: adapter name → its rows.
     """
 
     def __init__(self, names: Sequence[str | None]) -> None:
         self.names = tuple(names)
+        self.adapters: Mapping[str, list[int]] = {
+            name: [row for row, other in enumerate(self.names) if other == name]
+            for name in dict.fromkeys(self.names)
+            if name is not None
+        }
+        self._indices: dict[tuple[str, torch.device], slice | Tensor] = {}
+        self._blocks: dict[tuple[str, ...], Blocks] = {}
 
     @property
-    def adapters(self) -> tuple[str, ...]:
-        """The adapters that some row belongs to, each once."""
-        return tuple(dict.fromkeys(name for name in self.names if name is not None))
+    def are_alike(self) -> bool:
+        """Whether all rows belong to one adapter."""
+        return len(set(self.names)) == 1
 
-    def of(self, name: str) -> list[int]:
-        """The rows that belong to an adapter."""
-        return [row for row, other in enumerate(self.names) if other == name]
+    def present(self, slot: Slot) -> list[str]:
+        """The adapters that are at this slot."""
+        return [name for name in self.adapters if name in slot.adapters]
 
-    def adapt(self, slot: Slot, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output y with each row's adapter's part; rows of no adapter here are left alone.
+    def of(self, name: str, device: torch.device) -> slice | Tensor:
+        """The rows that belong to an adapter: a slice where they follow each other."""
+        key = name, device
+        if key not in self._indices:
+            rows = self.adapters[name]
+            follow = rows[-1] - rows[0] == len(rows) - 1
+            self._indices[key] = slice(rows[0], rows[-1] + 1) if follow else torch.tensor(rows, device=device)
+        return self._indices[key]
 
-        Raises:
-            RoutingError: the layer's input does not tell the rows apart.
-        """
-        present = [name for name in self.adapters if name in slot.adapters]
-        if not present:
-            return y
-        if set(self.names) == set(present[:1]):
-            return slot.add(layer, x, y, present)
-        axes = y.dim() + slot.adapters[present[0]].kind.output_axis
-        return per_row(self._in_rows(slot, x, axes), self._in_rows(slot, y, axes), self, slot, layer, present, y)
-
-    def _in_rows(self, slot: Slot, tensor: Tensor, axes: int) -> Tensor:
-        """The tensor with one entry a row along its first axis: a view.
-
-        Args:
-            axes: how many of its axes stand before those of one vector or image.
-        """
-        count = len(self.names)
-        size = tensor.shape[0] if axes else 0
-        if size == count:
-            return tensor
-        if size == 1:  # what all rows share, such as position ids [1, t]
-            return tensor.expand(count, *tensor.shape[1:])
-        if axes == 1 and size and size % count == 0:  # tokens in a row, sequence after sequence
-            return tensor.view(count, -1, *tensor.shape[1:])
-        raise RoutingError(
-            f"{slot.site_name}: the input {list(tensor.shape)} of this layer does not tell {count} rows apart; "
-            f"expected [{count}, ...], [1, ...] or [{count}·length, features]: leave the layer out of the adapters "
-            f"(exclude_modules), or run each adapter's rows in a batch of their own"
-        )
-
-
-def per_row(
-    x: Tensor, y: Tensor, rows: Rows, slot: Slot, layer: nn.Module, present: Collection[str], like: Tensor
-) -> Tensor:
-    """Each adapter on the rows that belong to it, by its own ``adapt``: what every faster way must equal."""
-    indices = {name: _index(rows.of(name), y) for name in present}
-    parts = [slot.adapters[name].adapt(layer, x[index], y[index]) for name, index in indices.items()]
-    adapted = y.index_copy(0, torch.cat(list(indices.values())), torch.cat(parts))
-    return adapted.reshape(-1, *like.shape[1:])
-
-
-def _index(rows: Sequence[int], like: Tensor) -> Int[Tensor, " rows"]:
-    return torch.tensor(rows, device=like.device)
+    def blocks(self, names: Collection[str]) -> Blocks:
+        """The longest blocks of rows in which all belong to one of these adapters, or none does."""
+        key = tuple(names)
+        if key not in self._blocks:
+            wanted = [name if name in key else None for name in self.names]
+            length = gcd(*(len(list(run)) for _, run in groupby(wanted)))
+            firsts = wanted[::length]
+            chosen = [block for block, name in enumerate(firsts) if name is not None]
+            owners = tuple(name for name in firsts if name is not None)
+            self._blocks[key] = Blocks(len(firsts), owners, None if len(owners) == len(firsts) else chosen)
+        return self._blocks[key]
