@@ -14,7 +14,7 @@ from rich.console import Console
 import rankwise as rw
 from rankwise.compare.arms import Arm, presets, read_arms
 from rankwise.compare.figures import panels
-from rankwise.compare.runs import Budget, Trial, Trials, check_held_out, machine
+from rankwise.compare.runs import Budget, Trial, Trials, machine
 from rankwise.compare.search import Outcome, Run, compare, runs_needed
 from rankwise.compare.summary import Row, summary
 from rankwise.errors import RankwiseError, RecipeError
@@ -24,6 +24,7 @@ from rankwise.train.recipe import Recipe
 from rankwise.train.run import run
 from rankwise.train.run.loading import check_method
 from rankwise.train.tasks.base import Loaded, spec_of
+from rankwise.trials.held_out import check_held_out
 from rankwise.trials.preparing import target_weights
 
 
@@ -66,7 +67,7 @@ def run_comparison(
     arms = presets(recipe, preset) if arms_file is None else read_arms(recipe, arms_file)
     shorten = (arms_file is None and preset == "best") if steps_to_baseline is None else steps_to_baseline
     data = load_data(recipe)
-    check_held_out(data)
+    check_held_out(data, "compare")
     check_arms(run.load(recipe, console), arms)
     runs = runs_needed(len(arms), seeds, steps_to_baseline=shorten)
     announced = Announced(Trials(directory, recipe, data, budget, console).run, runs, minutes, console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -69,3 +69,11 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             dist.all_reduce(received, dist.ReduceOp.MAX)
             self.received = int(received)
         return bool(self.received)
+
+
+class StopWhenAsked(StopOnSignal):
+    """Listens to no signal itself: whoever does sets ``received``."""
+
+    def listening(self) -> AbstractContextManager[None]:
+        """While the context lasts nothing changes."""
+        return nullcontext()
