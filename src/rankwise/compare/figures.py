@@ -15,6 +15,7 @@ from rankwise.report.drawing import legend_below, looks, plain, series, svg
 from rankwise.report.figures import Panel, Table
 from rankwise.report.history import points
 
+
 def panels(outcomes: Sequence[Outcome], rows: Sequence[Row], unit: str) -> list[Panel]:
     """Every panel for which there is something to show."""
     shown = [outcome for outcome in outcomes if outcome.seeds]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankwise.compare.arms import Arm
 from rankwise.errors import Diverged
 from rankwise.report.history import History, points
-from rankwise.train.data.dataset import Data
+from rankwise.train.data.dataset import Data, load_data
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.run import Prepared
 from rankwise.trials.full import FULL
 from rankwise.trials.held_out import halves
-from rankwise.trials.preparing import target_weights, whole_parameters, with_adapter, with_full_weights
+from rankwise.trials.on_ray import Cluster
+from rankwise.trials.preparing import SILENT, target_weights, whole_parameters, with_adapter, with_full_weights
 from rankwise.trials.records import Plain, Records, deciding
 
 
@@ -126,6 +128,26 @@ class Trials:
             weights, others = target_weights(prepared.loaded), whole_parameters(prepared.loaded)
             prepared.trainer.optimizer = FULL[arm.full].optimizer(weights, others, arm.recipe)
         return replace(_trained(prepared), elapsed=time.monotonic() - began)
+
+
+class RemoteTrials(Trials):
+    """Trains arms on a cluster's machines, which find model and data where the recipe says. Records stay here."""
+
+    def __init__(self, cluster: Cluster, directory: Path, recipe: Recipe, data: Data, *rest: Any) -> None:
+        super().__init__(directory, recipe, data, *rest)
+        self._cluster, self._recipe = cluster, recipe
+
+    def train(self, arm: Arm) -> Trial:
+        """Train now, on some machine."""
+        return self._cluster.start(_train, self._recipe, arm)()
+
+
+def _train(recipe: Recipe, arm: Arm) -> Trial:
+    """What a worker does."""
+    with TemporaryDirectory() as directory:
+        place = arm.recipe.model_copy(update={"output_dir": directory})
+        here = replace(arm, recipe=place)
+        return Trials(Path(directory), recipe, load_data(recipe), Budget(None), SILENT).train(here)
 
 
 def _described(arm: Arm) -> str:

@@ -123,9 +123,7 @@ def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepar
     return start(check_resuming(loaded, console, title), console)
 
 
-def check_resuming(
-    loaded: Loaded, console: Console, title: str = "Training", *, data: Data | None = None
-) -> Prepared:
+def check_resuming(loaded: Loaded, console: Console, title: str = "Training", *, data: Data | None = None) -> Prepared:
     """Like :func:`check`, and that the run goes on exactly from its checkpoint, if it goes on from one."""
     # What refuses to go on should not wait for the data.
     checkpoint = resume.choose(loaded.recipe, console)
