@@ -45,7 +45,7 @@ def run_sweep(
     Raises:
         RecipeError: another task or a pruner that there is not, nothing held out, an arm's fields that do not fit.
         SpecError, TargetError, EvidenceError: an arm that does not go with the model. SpecMismatch: the directory holds
-            another sweep. RunLocked: another process writes to it. RunStopped: SIGTERM or Ctrl-C came; every arm is saved.
+            another sweep. RunLocked: another process writes to it. RunStopped: a signal came; every arm is saved.
     """
     if prune not in PRUNERS:
         raise RecipeError(f"prune: expected one of {', '.join(PRUNERS)}, found {prune!r}{nearest(prune, PRUNERS)}")

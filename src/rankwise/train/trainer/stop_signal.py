@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 class StopWhenAsked(StopOnSignal):
     """Listens to no signal itself: whoever does sets ``received``."""
 
-    def listening(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def listening(self) -> Iterator[None]:
         """While the context lasts nothing changes."""
-        return nullcontext()
+        yield
