@@ -37,7 +37,7 @@ LAYERS = (
     ("report",),
     ("train", "converting", "pushing"),
     ("trials",),
-    ("studies", "compare"),
+    ("studies", "compare", "sweep"),
     ("serve",),
     ("cli",),
     ("__main__",),

@@ -1,6 +1,7 @@
 """A comparison of adapters and full fine-tuning on a tiny model, from the command line."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rankwise.cli import app
 from rankwise.compare import runs as compare_runs
 from rankwise.compare.arms import Arm, arms_of
 from rankwise.compare.comparison import run_comparison
-from rankwise.compare.runs import Budget, Trials
+from rankwise.compare.runs import Budget, RemoteTrials, Trials
 from rankwise.errors import RecipeError
 from rankwise.train import recipe as recipes
 from rankwise.train.data.dataset import load_data
@@ -187,3 +188,27 @@ def test_an_arm_whose_method_does_not_go_together_is_refused_before_any_run(reci
     with pytest.raises(RecipeError, match=says):
         run_comparison(recipe, tmp_path / "out", SILENT, arms_file=arms)
     assert trained == []
+
+
+class OtherMachine:
+    """A cluster that is this process; what goes there and back is pickled, as on the way to another."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def start(self, function, *args):
+        self.started += 1
+        function, args = pickle.loads(pickle.dumps((function, args)))
+        result = pickle.dumps(function(*args))
+        return lambda: pickle.loads(result)
+
+
+def test_an_arm_on_another_machine_comes_to_what_it_does_here(recipe, arms, trials, tmp_path):
+    machine = OtherMachine()
+    given = (tmp_path / "there", recipe, load_data(recipe), Budget(None), SILENT)
+    remote = RemoteTrials(machine, *given)
+    for arm in (arms["LoRA"], arms["full, AdamW"]):
+        here, there = trials.run(arm), remote.run(arm)
+        assert (there.validation, there.test, there.steps) == (here.validation, here.test, here.steps)
+        assert remote.run(arm) == there
+    assert machine.started == 2, "what is on file is not trained again"

@@ -17,7 +17,7 @@ from rich.console import Console
 from rankwise.compare.arms import FIELDS, PRESETS, Arm, arms_of, presets, read_arms
 from rankwise.compare.comparison import Announced, Comparison, write_comparison
 from rankwise.compare.figures import panels
-from rankwise.compare.runs import Budget, BudgetSpent, Score, Trial, Trials, check_held_out
+from rankwise.compare.runs import Budget, BudgetSpent, Score, Trial, Trials
 from rankwise.compare.search import Shortest, bisect, climb, compare, runs_needed, tenths
 from rankwise.compare.summary import gap_closed, summary
 from rankwise.errors import BrokenFile, Diverged, RecipeError
@@ -25,6 +25,7 @@ from rankwise.optim import OPTIMIZERS
 from rankwise.train import recipe as recipes
 from rankwise.train.data.dataset import Data
 from rankwise.trials.full import FULL, OTHERS_LR, Joint
+from rankwise.trials.held_out import check_held_out
 
 SILENT = Console(quiet=True)
 SAMPLE = Dataset.from_list([{"text": "a"}])
@@ -382,7 +383,7 @@ def test_fields_of_arms_are_fields_of_recipes():
 def test_held_out_samples_make_two_parts_at_least():
     for held_out in (None, SAMPLE):
         with pytest.raises(RecipeError, match="eval_split"):
-            check_held_out(Data(SAMPLE, held_out, "text"))
+            check_held_out(Data(SAMPLE, held_out, "text"), "compare")
 
 
 # --- full fine-tuning -------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ for command in (
     adapter_commands.analyze,
     adapter_commands.push,
     recipe_commands.study,
+    recipe_commands.sweep,
     recipe_commands.compare,
     recipe_commands.demo,
     adapter_commands.methods,

@@ -88,6 +88,10 @@ Base = Annotated[
     str | None,
     typer.Option(parser=expand_user, metavar="TEXT", help="Base model; default: the one that the adapter names."),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Ray cluster that trains the arms: auto, ray://HOST:10001, or local."),
+]
 
 
 def place(help: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankwise.cli.app import RecipeFile, path_of, place, terminal, uncollected
+from rankwise.cli.app import Ray, RecipeFile, path_of, place, terminal, uncollected
 from rankwise.cli.flags import recipe_flags
 from rankwise.train import recipe as recipes
 
@@ -142,6 +142,7 @@ def compare(
             help="Look how few steps each takes to the first one's loss. Default: with the preset best.",
         ),
     ] = None,
+    ray: Ray = None,
     out: Annotated[Path, place("Directory for results, page, and runs to go on from.")] = Path("compare"),
     *,
     overrides: dict[str, Any],
@@ -159,8 +160,39 @@ def compare(
         seeds=seeds,
         minutes=minutes,
         steps_to_baseline=steps_to_baseline,
+        ray=ray,
     )
     console.print(f"The page is {write_comparison(comparison, out)}", highlight=False)
+
+
+@recipe_flags
+def sweep(
+    recipe: RecipeFile = None,
+    arms: Annotated[Path | None, place("YAML file of arms, a line each: `wide: {rank: 32}`.")] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=VALUES", help="Or their grid: `--grid rank=4,8 --grid seed=0,1`."),
+    ] = None,
+    prune: Annotated[str, typer.Option(help="Stop losing arms early: halving, median or none.")] = "none",
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a forward, whole batches of arms; default: as many as fit.")
+    ] = None,
+    ray: Ray = None,
+    out: Annotated[Path, place("Directory for the arms, results and page.")] = Path("sweep"),
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Train learning rates, ranks, seeds or methods together on one base, each as alone. Stopped, it goes on."""
+    wanted = recipes.load(recipe, overrides)
+    with uncollected():
+        from rankwise.sweep import run_sweep, write_sweep
+        from rankwise.sweep.arms import chosen_arms
+
+    console = terminal()
+    trained = run_sweep(wanted, chosen_arms(wanted, out, arms, grid), out, console, prune=prune, rows=rows, ray=ray)
+    page = write_sweep(trained, out)
+    console.print(f"Best: {trained.best.arm.name}, in {trained.best.arm.directory / 'adapter'}", highlight=False)
+    console.print(f"The page is {page}", highlight=False)
 
 
 def demo(

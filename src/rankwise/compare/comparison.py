@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 import rankwise as rw
 from rankwise.compare.arms import Arm, presets, read_arms
 from rankwise.compare.figures import panels
-from rankwise.compare.runs import Budget, Trial, Trials, check_held_out, machine
+from rankwise.compare.runs import Budget, RemoteTrials, Trial, Trials, machine
 from rankwise.compare.search import Outcome, Run, compare, runs_needed
 from rankwise.compare.summary import Row, summary
 from rankwise.errors import RankwiseError, RecipeError
@@ -24,6 +25,8 @@ from rankwise.train.recipe import Recipe
 from rankwise.train.run import run
 from rankwise.train.run.loading import check_method
 from rankwise.train.tasks.base import Loaded, spec_of
+from rankwise.trials.held_out import check_held_out
+from rankwise.trials.on_ray import cluster
 from rankwise.trials.preparing import target_weights
 
 
@@ -47,6 +50,7 @@ def run_comparison(
     seeds: int = 3,
     minutes: float | None = None,
     steps_to_baseline: bool | None = None,
+    ray: str | None = None,
 ) -> Comparison:
     """Compare a recipe's methods. Their runs are kept in ``directory``, so that it goes on where it was stopped.
 
@@ -55,6 +59,7 @@ def run_comparison(
         minutes: after which no run is started any more; None: no end.
         steps_to_baseline: also find the shortest schedule of each arm that does as well as the first arm's whole one;
             None: with the preset best.
+        ray: address of a Ray cluster whose machines train the arms; ``local``: workers here; None: this process does.
 
     Raises:
         RecipeError: arms that cannot be, no seeds, nothing held out, weights that full fine-tuning cannot train.
@@ -66,11 +71,17 @@ def run_comparison(
     arms = presets(recipe, preset) if arms_file is None else read_arms(recipe, arms_file)
     shorten = (arms_file is None and preset == "best") if steps_to_baseline is None else steps_to_baseline
     data = load_data(recipe)
-    check_held_out(data)
+    check_held_out(data, "compare")
     check_arms(run.load(recipe, console), arms)
     runs = runs_needed(len(arms), seeds, steps_to_baseline=shorten)
-    announced = Announced(Trials(directory, recipe, data, budget, console).run, runs, minutes, console)
-    outcomes = compare(arms, announced, seeds, steps_to_baseline=shorten)
+    given = (directory, recipe, data, budget, console)
+    if ray is None:
+        announced = Announced(Trials(*given).run, runs, minutes, console)
+        outcomes = compare(arms, announced, seeds, steps_to_baseline=shorten)
+    else:
+        with cluster(ray) as machines, ThreadPoolExecutor(len(arms) * seeds) as waiting:
+            announced = Announced(RemoteTrials(machines, *given).run, runs, minutes, console)
+            outcomes = compare(arms, announced, seeds, steps_to_baseline=shorten, mapped=waiting.map)
     return Comparison(recipe, seeds, outcomes, summary(outcomes))
 
 

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import cycle, product
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from rankwise.compare.search import Outcome
 from rankwise.compare.summary import Row, Spread
-from rankwise.report.drawing import plain, series, svg
+from rankwise.report.drawing import legend_below, looks, plain, series, svg
 from rankwise.report.figures import Panel, Table
 from rankwise.report.history import points
-
-# Line and mark; six colours in each, so that as many arms as a preset has look different.
-STYLES = (("-", "o"), ("--", "s"), (":", "^"))
-
-
-def _looks() -> Iterator[tuple[str, str, str]]:
-    """(colour, line, mark) of the first arm, the second and so on."""
-    return ((series(number), line, mark) for (line, mark), number in cycle(product(STYLES, range(6))))
 
 
 def panels(outcomes: Sequence[Outcome], rows: Sequence[Row], unit: str) -> list[Panel]:
@@ -122,7 +112,7 @@ def curves(outcomes: Sequence[Outcome], unit: str) -> Panel:
 
     def draw(figure: Figure) -> None:
         training, validation = figure.subplots(1, 2)
-        for outcome, (colour, style, mark) in zip(outcomes, _looks(), strict=False):
+        for outcome, (colour, style, mark) in zip(outcomes, looks(), strict=False):
             history = next(iter(outcome.seeds.values())).history
             name = plain(outcome.arm.name)
             training.plot(*points(history, "loss"), style, color=colour, linewidth=1.4)
@@ -132,7 +122,7 @@ def curves(outcomes: Sequence[Outcome], unit: str) -> Panel:
             axes.set(xlabel="optimizer step", ylabel=f"{what} loss ({unit})")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(linewidth=0.6)
-        _legend(figure, validation)
+        legend_below(figure, validation)
 
     size = (9, 3.6 + 0.22 * math.ceil(len(outcomes) / 4))
     reading = "The first seed, each arm at its best rate. Training loss is of the batches just trained on."
@@ -144,7 +134,7 @@ def rates(outcomes: Sequence[Outcome], unit: str) -> Panel:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for outcome, (colour, style, mark) in zip(outcomes, _looks(), strict=False):
+        for outcome, (colour, style, mark) in zip(outcomes, looks(), strict=False):
             tried = {rate: trial.validation.loss for rate, trial in outcome.ladder.tried.items()}
             shown = {rate: loss for rate, loss in tried.items() if math.isfinite(loss)}
             line = (list(shown), list(shown.values()))
@@ -153,7 +143,7 @@ def rates(outcomes: Sequence[Outcome], unit: str) -> Panel:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="peak learning rate", ylabel=f"validation loss ({unit})")
         axes.grid(linewidth=0.6)
-        _legend(figure, axes)
+        legend_below(figure, axes)
 
     diverged = [
         f"{outcome.arm.name} at {rate:.3g}"
@@ -174,10 +164,6 @@ def rates(outcomes: Sequence[Outcome], unit: str) -> Panel:
     return Panel(
         "How the learning rates were chosen", reading, drawing, Table(["arm", "rate", "validation", "test"], rows)
     )
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def _finite(values: Iterable[float]) -> list[float]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.compare.arms import Arm
-from rankwise.errors import Diverged, RecipeError
+from rankwise.errors import Diverged
 from rankwise.report.history import History, points
-from rankwise.train.data.dataset import Data
+from rankwise.train.data.dataset import Data, load_data
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.run import Prepared
 from rankwise.trials.full import FULL
-from rankwise.trials.preparing import target_weights, whole_parameters, with_adapter, with_full_weights
+from rankwise.trials.held_out import halves
+from rankwise.trials.on_ray import Cluster
+from rankwise.trials.preparing import SILENT, target_weights, whole_parameters, with_adapter, with_full_weights
 from rankwise.trials.records import Plain, Records, deciding
 
 
@@ -127,6 +130,26 @@ class Trials:
         return replace(_trained(prepared), elapsed=time.monotonic() - began)
 
 
+class RemoteTrials(Trials):
+    """Trains arms on a cluster's machines, which find model and data where the recipe says. Records stay here."""
+
+    def __init__(self, cluster: Cluster, directory: Path, recipe: Recipe, data: Data, *rest: Any) -> None:
+        super().__init__(directory, recipe, data, *rest)
+        self._cluster, self._recipe = cluster, recipe
+
+    def train(self, arm: Arm) -> Trial:
+        """Train now, on some machine."""
+        return self._cluster.start(_train, self._recipe, arm)()
+
+
+def _train(recipe: Recipe, arm: Arm) -> Trial:
+    """What a worker does."""
+    with TemporaryDirectory() as directory:
+        place = arm.recipe.model_copy(update={"output_dir": directory})
+        here = replace(arm, recipe=place)
+        return Trials(Path(directory), recipe, load_data(recipe), Budget(None), SILENT).train(here)
+
+
 def _described(arm: Arm) -> str:
     recipe = arm.recipe
     steps = "" if recipe.max_steps == -1 else f"{recipe.max_steps} steps, "
@@ -152,8 +175,7 @@ class _StepClock(TrainerCallback):  # type: ignore[misc]
 def _trained(prepared: Prepared) -> Trial:
     """Train without checkpoints, with evaluations on the validation samples as the recipe says, or four times."""
     trainer, clock = prepared.trainer, _StepClock()
-    held_out = trainer.eval_dataset
-    validation, test = (held_out.select(range(first, len(held_out), 2)) for first in (0, 1))
+    validation, test = halves(trainer.eval_dataset)
     args = trainer.args
     args.eval_on_start, args.eval_strategy, args.save_strategy = False, "steps", "no"
     args.eval_steps = prepared.recipe.eval_steps or 0.25
@@ -190,17 +212,3 @@ def machine() -> str:
     """What a run's seconds depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return f"{device}, {torch.get_num_threads()} threads"
-
-
-def check_held_out(data: Data) -> None:
-    """Refuse data that cannot be split into a validation and a test part.
-
-    Raises:
-        RecipeError: fewer than two held-out samples.
-    """
-    samples = 0 if data.eval is None else len(data.eval)
-    if samples < 2:
-        raise RecipeError(
-            "compare: chooses learning rates on one half of the held-out samples and reports the other: expected two "
-            f"at least, found {samples}. Give the recipe eval_data or eval_split"
-        )

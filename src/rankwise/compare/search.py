@@ -7,14 +7,17 @@ what is on file still counts, and what is missing stays out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rankwise.compare.arms import Arm
 from rankwise.compare.runs import BudgetSpent, Trial
 from rankwise.tuning import tune
 
 Run = Callable[[Arm], Trial]
+# (function, what it is called with one after the other, or at once) → the results in that order.
+Mapped = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 MOST_RATES = 8
 TENTHS = 10
 
@@ -78,24 +81,33 @@ class Outcome:
         return runs
 
 
-def compare(arms: Sequence[Arm], run: Run, seeds: int, *, steps_to_baseline: bool) -> list[Outcome]:
+def compare(
+    arms: Sequence[Arm], run: Run, seeds: int, *, steps_to_baseline: bool, mapped: Mapped = map
+) -> list[Outcome]:
     """Every arm, first the rates of all, then the seeds of all, then the shorter schedules.
 
     Args:
         seeds: how many, from the recipe's on.
         steps_to_baseline: whether to look how soon each arm reaches the validation loss of the first.
+        mapped: does what does not depend on each other, one after the other like ``map`` or at once.
     """
-    ladders = [climb(arm, run) for arm in arms]
+    ladders = list(mapped(lambda arm: climb(arm, run), arms))
+    chosen = [
+        (arm, ladder.rate, arm.recipe.seed + number)
+        for number in range(seeds)
+        for arm, ladder in zip(arms, ladders, strict=True)
+        if ladder.rate is not None
+    ]
+    trials = list(mapped(lambda choice: _attempt(run, choice[0].at(*choice[1:])), chosen))
     repeats: list[dict[int, Trial]] = [{} for _ in arms]
-    for number in range(seeds):
-        for arm, ladder, trials in zip(arms, ladders, repeats, strict=True):
-            trial = None if ladder.rate is None else _attempt(run, arm.at(ladder.rate, arm.recipe.seed + number))
-            if trial is not None:
-                trials[arm.recipe.seed + number] = trial
+    for (arm, _, seed), trial in zip(chosen, trials, strict=True):
+        if trial is not None:
+            repeats[arms.index(arm)][seed] = trial
     shortest: list[Shortest | None] = [None for _ in arms]
     if steps_to_baseline:
         baseline = repeats[0].get(arms[0].recipe.seed)
-        shortest[1:] = [shorten(arm, ladder, baseline, run) for arm, ladder in zip(arms[1:], ladders[1:], strict=True)]
+        others = list(zip(arms[1:], ladders[1:], strict=True))
+        shortest[1:] = mapped(lambda pair: shorten(pair[0], pair[1], baseline, run), others)
     return [
         Outcome(arm, ladder, trials, short, _is_complete(ladder, short) and len(trials) == seeds)
         for arm, ladder, trials, short in zip(arms, ladders, repeats, shortest, strict=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle, product
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -49,6 +50,20 @@ def plain(name: str) -> str:
 def series(number: int) -> str:
     """The colour of the n-th line, from 0."""
     return _SERIES[number % len(_SERIES)]
+
+
+# Line and mark; six colours in each, so that as many lines as a comparison has look different.
+_LINES = (("-", "o"), ("--", "s"), (":", "^"))
+
+
+def looks() -> Iterator[tuple[str, str, str]]:
+    """(colour, line, mark) of the first line, the second and so on."""
+    return ((series(number), line, mark) for (line, mark), number in cycle(product(_LINES, range(6))))
+
+
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Name the lines of some axes below the figure."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def svg(name: str, described: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:

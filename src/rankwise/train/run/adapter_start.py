@@ -30,7 +30,7 @@ def first_batches(trainer: AdapterTrainer, recipe: Recipe) -> list[Batch]:
     return list(islice(iter(trainer.get_train_dataloader()), count))
 
 
-def attach(loaded: Loaded, batches: Sequence[Batch], console: Console) -> None:
+def attach(loaded: Loaded, batches: Sequence[Batch], console: Console, name: str = "default") -> None:
     """Put the adapter on the model, its start computed from the batches, or read from the recipe's cache.
 
     Raises:
@@ -54,6 +54,7 @@ def attach(loaded: Loaded, batches: Sequence[Batch], console: Console) -> None:
             evidence=evidence,
             method=recipe.init_method,
             memory_budget=recipe.memory_budget,
+            name=name,
         )
 
 

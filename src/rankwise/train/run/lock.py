@@ -56,6 +56,11 @@ def check_free(run_dir: str | Path) -> None:
             _check_this_machine(folder)
 
 
+def forget(run_dir: str | Path) -> None:
+    """Drop what says who has a directory: a process, maybe of another machine, that is known to have ended."""
+    (Path(run_dir) / _HOLDER).unlink(missing_ok=True)
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / _LOCK, timeout=_PATIENCE)

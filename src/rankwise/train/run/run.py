@@ -120,22 +120,33 @@ def title_of(recipe: Recipe) -> str:
 
 def prepare(loaded: Loaded, console: Console, title: str = "Training") -> Prepared:
     """Check the data, and attach the adapter at its start."""
-    # What refuses to go on should not wait for the start.
+    return start(check_resuming(loaded, console, title), console)
+
+
+def check_resuming(loaded: Loaded, console: Console, title: str = "Training", *, data: Data | None = None) -> Prepared:
+    """Like :func:`check`, and that the run goes on exactly from its checkpoint, if it goes on from one."""
+    # What refuses to go on should not wait for the data.
     checkpoint = resume.choose(loaded.recipe, console)
     if checkpoint is not None:
         loaded = replace(loaded, recipe=resume.with_rate_of(checkpoint, loaded.recipe))
-    prepared = check(loaded, console, title)
+    prepared = check(loaded, console, title, data=data)
     lock.check_free(loaded.recipe.output_dir)
     if checkpoint is not None:
         resume.check_exact(checkpoint, prepared.trainer.facts, console, anyway=loaded.recipe.resume_anyway)
+    return replace(prepared, checkpoint=checkpoint)
+
+
+def start(prepared: Prepared, console: Console, name: str = "default") -> Prepared:
+    """Attach the adapter at its start, under a name, and try one step."""
+    loaded = prepared.loaded
     if loaded.recipe.gradient_checkpointing:
         prepared.trainer.enable_activation_checkpointing()  # what fits in training must fit here
-    adapter_start.attach(loaded, prepared.batches, console)
+    adapter_start.attach(loaded, prepared.batches, console, name)
     with busy(console, "Trying one step"):
         trial = try_step(loaded.model, prepared.batches[0])
     for warning in trial_step_warnings(trial):
         console.print(warning, style="yellow", highlight=False)
-    prepared = replace(prepared, checkpoint=checkpoint, trial=trial)
+    prepared = replace(prepared, trial=trial)
     if loaded.recipe.learning_rate != "auto":
         return prepared
     search = learning_rate.search(prepared.trainer, loaded.sites)
@@ -193,8 +204,11 @@ def saving_adapter(prepared: Prepared, name: str) -> Iterator[Path]:
         yield directory
 
 
-def execute(prepared: Prepared, console: Console) -> Result:
+def execute(prepared: Prepared, console: Console, stop: StopOnSignal | None = None) -> Result:
     """Train, then write the adapter, its card, the loss curve, the numbers and the page that shows them.
+
+    Args:
+        stop: when to; None: when a signal comes.
 
     Raises:
         RunLocked: another process writes to the run's directory. RunStopped: SIGTERM or Ctrl-C came; the run is saved.
@@ -206,7 +220,7 @@ def execute(prepared: Prepared, console: Console) -> Result:
             resume.tidy(prepared.recipe.output_dir, prepared.checkpoint, console)
         prepared = _at_chosen_rate(prepared, console)
         first = _change(prepared.model)
-        _train(prepared, console)
+        _train(prepared, stop or StopOnSignal(console), console)
         return _written(prepared, first, console)
 
 
@@ -255,7 +269,8 @@ def _written(prepared: Prepared, first: Adapter | None, console: Console) -> Res
 
 def _change(model: PreTrainedModel) -> Adapter | None:
     """The adapter's change of the weights as it is now; None of one that acts behind its layers."""
-    layers = (layer for slot in Adapted.of(model).slots.values() for layer in slot.adapters.values())
+    adapted = Adapted.of(model)
+    layers = adapted.adapter_layers(adapted.adapter_name(None)).values()
     return portable(model) if all(isinstance(layer, FoldableLayer) for layer in layers) else None
 
 
@@ -282,9 +297,9 @@ def _write_page(result: Result, first: Adapter | None) -> None:
     write_report(report, result.page)
 
 
-def _train(prepared: Prepared, console: Console) -> None:
+def _train(prepared: Prepared, stop: StopOnSignal, console: Console) -> None:
     """Train, and end with an evaluation of the adapter that is saved."""
-    trainer, stop = prepared.trainer, StopOnSignal(console)
+    trainer = prepared.trainer
     trainer.add_callback(stop)
     trainer.add_callback(RunLog(Path(prepared.recipe.output_dir), console))
     try:

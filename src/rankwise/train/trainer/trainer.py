@@ -5,7 +5,7 @@ Checkpoints hold the adapter only and are there whole or not at all; what stops 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import count, islice
@@ -39,6 +39,9 @@ from rankwise.train.trainer.variant_callback import VariantCallback
 RESULTS = "metrics.json"  # of a run that is through: the last file that it writes
 _SHOWN_SAMPLES = 32
 
+# (batch, what computes its loss and gradients) → the loss.
+Computing = Callable[[Mapping[str, Any], Callable[[], Tensor]], Tensor]
+
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """Overrides where a `Trainer` saves, loads and steps, and nothing else.
@@ -46,9 +49,13 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     A checkpoint directory is a PEFT adapter (`rw.save`), the raw trained tensors and their anchor, from which the run
     goes on bit for bit, and what transformers writes of its own: `optimizer.pt`, `scheduler.pt`, `rng_state*.pth`
     (pickles, read by transformers with `weights_only`, so that they can run no code) and `trainer_state.json`.
+
+    Attributes:
+        computing: around the forward and backward pass of each batch; a sweep's runs wait there for each other.
     """
 
     optimizer: torch.optim.Optimizer | None
+    computing: Computing
 
     def __init__(self, *, model: PreTrainedModel, recipe: Recipe, **kwargs: Any) -> None:
         self.recipe = recipe
@@ -58,6 +65,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._saving_in: str | None = None
         self._at = (0, -1)  # the optimizer step and the batch within it that are being computed
         self._batch_shape: tuple[int, ...] = ()
+        self.computing = _alone
         # transformers makes the directory at once.
         with _announced(model), _refusals(), writing(Path(recipe.output_dir)):
             super().__init__(model=model, **kwargs)
@@ -155,7 +163,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._at = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
         self._batch_shape = tuple(inputs["input_ids"].shape)
         self._throughput.saw(inputs)
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        own_step = super().training_step
+        loss = self.computing(inputs, lambda: own_step(model, inputs, *args, **kwargs))
         if not torch.isfinite(loss):
             raise Diverged(self._not_finite("loss", loss, self._samples(self._at[1])))
         return loss
@@ -305,6 +315,10 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run writes its own card once its results are known."""
+
+
+def _alone(_: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+    return compute()
 
 
 @contextmanager
