@@ -1,4 +1,4 @@
-"""What `mkdocs build` does beside rendering: complete the navigation, the API page, and links that lead out of docs/."""
+"""What `mkdocs build` does beside rendering: the navigation, the API page, and links that lead out of docs/."""
 
 import re
 import sys
@@ -8,7 +8,6 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
 
 def on_config(config: Any) -> Any:
@@ -31,12 +30,13 @@ def _named(nav: Any) -> list[str]:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The public names where they are asked for; links out of docs/ become the file's name, as the site has no such page.
+    """The public names where they are asked for; links out of docs/ become names, as the site has no such page.
 
     Raises:
         PluginError: a link leads to a file that does not exist.
     """
     if "<!-- reference -->" in markdown:
+        sys.path.insert(0, str(ROOT / "scripts"))  # here, as mkdocs puts the path back after loading this file
         from site_tables import reference
 
         markdown = markdown.replace("<!-- reference -->", reference())
