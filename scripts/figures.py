@@ -495,7 +495,8 @@ def measured() -> str:
 
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"methods": methods, "measured": measured, "outcome": outcome, "beyond": beyond},
+    "README.md": {"methods": methods, "outcome": outcome, "beyond": beyond},
+    "docs/measured.md": {"measured": measured},
     "docs/examples.md": {"classification": classification},
     "docs/studies.md": {
         "weight-types": lambda: arms("weight_types"),

@@ -55,11 +55,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
 def test_every_command_and_flag_that_a_page_shows_exists(page):
     commands = typer.main.get_command(app).commands
     for line in "\n".join(blocks(page.read_text(), "sh")).replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        words = words[words.index("rankwise") + 1 :] if "rankwise" in words else []
-        words = words or shlex.split(line.partition(".venv/bin/rankwise ")[2], comments=True)
-        if not words or words[0].startswith("-"):
+        command = re.search(r"(?:^|-m |bin/)rankwise ([a-z].*)", line)
+        if command is None:
             continue
+        words = shlex.split(command[1], comments=True)
         assert words[0] in commands, line
         flags = {flag for parameter in commands[words[0]].params for flag in parameter.opts}
         assert not [word for word in words[1:] if word.startswith("--") and word.partition("=")[0] not in flags], line
