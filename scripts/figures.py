@@ -1,4 +1,4 @@
-"""Fill the tables of README.md and docs/methods.md from the tables of methods and from benchmarks/results/.
+"""Fill the tables of README.md and docs/ from the code and from benchmarks/results/, and draw README's picture.
 
 python scripts/figures.py            # rewrite
 python scripts/figures.py --check    # exit 1 if a file is out of date
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from import_order import order  # noqa: E402
+from outcome_picture import picture  # noqa: E402
+from site_tables import other_names  # noqa: E402
 
 
 def result(name: str) -> dict[str, Any]:
@@ -457,27 +459,36 @@ COMPARISONS = {
 COMPARED = ("LoRA", "LoRA-GA", "spectral", "full, AdamW")
 
 
-def outcome() -> str:
-    """Test losses of the arms, each at its best rate, task by task."""
-    rows = [["byte model, Bible → Python, rank 4, 80 steps of 8", *map(_in_wind_tunnel, COMPARED)]]
+def outcomes() -> dict[str, dict[str, tuple[float, float]]]:
+    """Task → arm → mean and deviation of its test losses at its best rate."""
+    tasks = {"byte model, Bible → Python, rank 4, 80 steps of 8": {arm: _in_wind_tunnel(arm) for arm in COMPARED}}
     for name, task in COMPARISONS.items():
         tests = {row["arm"]: row["test"] for row in result(f"compare_{name}")["summary"]}
-        rows.append([task, *(f"{tests[arm]['mean']:.3f} ± {tests[arm]['deviation']:.3f}" for arm in COMPARED)])
+        tasks[task] = {arm: (tests[arm]["mean"], tests[arm]["deviation"]) for arm in COMPARED}
+    return tasks
+
+
+def outcome() -> str:
+    rows = [[task, *map(_with_spread, losses.values())] for task, losses in outcomes().items()]
     return table(["test loss, best rate of each, 3 seeds", *COMPARED], rows)
 
 
 def beyond() -> str:
     """The same of the arms that ran on the byte model alone."""
-    return "; ".join(f"{arm}: {_in_wind_tunnel(arm)}" for arm in ARMS if arm not in COMPARED)
+    return "; ".join(f"{arm}: {_with_spread(_in_wind_tunnel(arm))}" for arm in ARMS if arm not in COMPARED)
 
 
-def _in_wind_tunnel(arm: str) -> str:
+def _in_wind_tunnel(arm: str) -> tuple[float, float]:
     method, rank = ARMS[arm]
     runs = result("wind_tunnel")["runs"]
     same = [run for run in runs if (run["method"], run["rank"], run["steps"]) == (method, rank, 80)]
     rate = min((run for run in same if run["seed"] == 0), key=lambda run: run["validation"])["rate"]
     tests = [run["test"] for run in same if run["rate"] == rate]
-    return f"{fmean(tests):.3f} ± {stdev(tests):.3f}"
+    return fmean(tests), stdev(tests)
+
+
+def _with_spread(loss: tuple[float, float]) -> str:
+    return f"{loss[0]:.3f} ± {loss[1]:.3f}"
 
 
 def measured() -> str:
@@ -510,7 +521,8 @@ def engines() -> str:
 
 
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"methods": methods, "measured": measured, "outcome": outcome, "beyond": beyond},
+    "README.md": {"methods": methods, "outcome": outcome, "beyond": beyond},
+    "docs/measured.md": {"measured": measured},
     "docs/examples.md": {"classification": classification},
     "docs/studies.md": {
         "weight-types": lambda: arms("weight_types"),
@@ -528,6 +540,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "quantised": quantised_merge,
         "ordinary": ordinary,
     },
+    "docs/coming_from.md": {"other-names": other_names},
     "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
     "docs/export.md": {"rules": rules, "engines": engines},
@@ -549,20 +562,25 @@ def filled(text: str, blocks: dict[str, Callable[[], str]]) -> str:
     return text
 
 
+def texts() -> dict[str, str]:
+    """File → what it should hold."""
+    pages = {name: filled((ROOT / name).read_text(), blocks) for name, blocks in BLOCKS.items()}
+    return pages | {"docs/pictures/outcome.svg": picture("Test loss at each method's best rate: mean ± sd", outcomes())}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = []
-    for name, blocks in BLOCKS.items():
-        path = ROOT / name
-        text = filled(path.read_text(), blocks)
-        if text != path.read_text():
-            stale.append(name)
-            if not check:
-                path.write_text(text)
+    stale = {name: text for name, text in texts().items() if not _holds(ROOT / name, text)}
     if check and stale:
         sys.exit(f"out of date: {', '.join(stale)}; run python scripts/figures.py")
+    for name, text in stale.items():
+        (ROOT / name).write_text(text)
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
 
 
 if __name__ == "__main__":

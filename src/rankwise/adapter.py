@@ -13,6 +13,7 @@ from rankwise.base_probe import PROBED
 from rankwise.layers.kinds import kind_of
 from rankwise.layers.quantised import is_quantised
 from rankwise.patterns import keys_under, names_by_end
+from rankwise.placement import whole_tensor
 from rankwise.shapes import Int
 from rankwise.sites import base_modules
 from rankwise.spec import LoRA
@@ -172,7 +173,9 @@ def spread_evenly(sites: list[str]) -> list[str]:
 
 def probe(layer: Any) -> tuple[float, ...]:
     """16 evenly spaced entries of the base weight; of a quantised one, dequantised."""
-    flat = kind_of(layer).weight(layer).flatten() if is_quantised(layer) else layer.weight.detach().flatten()
+    flat = (
+        kind_of(layer).weight(layer).flatten() if is_quantised(layer) else whole_tensor(layer.weight.detach()).flatten()
+    )
     return tuple(float(value) for value in flat[evenly_spaced(PROBED, flat.numel()).to(flat.device)])
 
 

@@ -1,6 +1,8 @@
-"""Tensors that cannot be worked with where they are: offloaded, on the meta device, made in inference mode, nested."""
+"""Tensors that cannot be worked with where they are: offloaded, sharded, made in inference mode, nested."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -77,3 +79,29 @@ def check_nested(module: Any, path: str, y: Any) -> None:
             f"is padding; no gradient passes its attention. Call model.train(), or torch.no_grad() around the call, or "
             f"build the encoder with enable_nested_tensor=False"
         )
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether FSDP2 has sharded it. Imports nothing: where that module was never imported, nothing is."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def whole_tensor(tensor: Any) -> Tensor:
+    """A tensor; gathered from all processes, each of which must ask for it, where FSDP2 has sharded it."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return gathered
+
+
+@contextmanager
+def holding(root: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with these tensors in the places of the parameters of their names, for a while."""
+    places = [(root.get_submodule(path), name) for path, _, name in (key.rpartition(".") for key in tensors)]
+    parameters = [module._parameters[name] for module, name in places]
+    try:
+        for (module, name), tensor in zip(places, tensors.values(), strict=True):
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        yield
+    finally:
+        for (module, name), parameter in zip(places, parameters, strict=True):
+            module._parameters[name] = parameter

@@ -1,5 +1,6 @@
 """Gradients and starts with two processes: those of one process on the union of the batches."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -176,6 +178,40 @@ def check_sharded_training(rank: int) -> None:
         torch.testing.assert_close(mine / 2, truth, rtol=1e-5, atol=1e-7)
 
 
+def check_saving_a_sharded_model(rank: int) -> None:
+    """Every process gathers, the first writes: what is loaded is the sharded model, whatever the variant."""
+    x = batches()[0]["input_ids"]
+    for number, variant in enumerate(("lora", "dora", "bottleneck")):
+        model = llama()
+        spec = rw.LoRA(
+            rank=RANK, init="pissa" if number < 2 else "kaiming", variant=variant, modules_to_save=["lm_head"]
+        )
+        sharded(rw.attach(model, spec))
+        stepper = torch.optim.SGD(rw.trainable_parameters(model), lr=0.5)
+        for _ in range(2):
+            model(**batches()[rank]).loss.backward()
+            stepper.step()
+            stepper.zero_grad()
+        trained = model(x).logits
+        for directory, save in (("saved", rw.save), ("pretrained", save_as_trainer_does)):
+            with tempfile.TemporaryDirectory() as parent:
+                folders = [f"{parent}/{directory}"]
+                dist.broadcast_object_list(folders)
+                save(model, folders[0])
+                dist.barrier()
+                loaded = rw.load(llama(), folders[0])
+                dist.barrier()
+            torch.testing.assert_close(loaded(x).logits, trained, rtol=1e-5, atol=1e-6)
+            assert float((trained - llama()(x).logits).detach().abs().max()) > 1e-2, "it has learnt"
+
+
+def save_as_trainer_does(model: LlamaForCausalLM, folder: str) -> None:
+    """The whole state is gathered by all; the first process alone saves."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+
+
 def losses_of(model: nn.Module, optimizer: str, data: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Those of three steps."""
     stepper = resolve(OPTIMIZERS, optimizer, "optimizer")(model, lr=1e-2)
@@ -198,6 +234,7 @@ CHECKS = [
     check_data_parallel_training,
     check_gradients_of_a_sharded_model,
     check_sharded_training,
+    check_saving_a_sharded_model,
 ]
 
 

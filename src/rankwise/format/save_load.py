@@ -1,11 +1,12 @@
 """save and load: an adapter between a model and a PEFT directory."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted, base_root, check_new_name, switched_off
@@ -39,9 +40,9 @@ from rankwise.layers.kinds import Kind, kind_of, kind_or_none
 from rankwise.layers.quantised import forbid_repacking, is_quantised
 from rankwise.methods import name_of
 from rankwise.patterns import ends_of, keys_under
-from rankwise.placement import check_differentiable, check_in_memory
+from rankwise.placement import check_differentiable, check_in_memory, holding, is_sharded, whole_tensor
 from rankwise.planning import target_layers, whole_modules
-from rankwise.sites import Site, base_modules
+from rankwise.sites import SLOT, WHOLE, Site, base_modules
 from rankwise.spec import LoRA
 from rankwise.tensor_files import check_fit
 from rankwise.token_rows import TiedRows, TokenRows, beside_layers
@@ -58,6 +59,8 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     old one, the new one, or one without ``adapter_config.json``, which no engine takes for an adapter and which the
     next :func:`load` makes the new one.
 
+    Of a model that FSDP2 has sharded every process calls this, the adapter is gathered, and process 0 writes it whole.
+
     Raises:
         AttachError: no such adapter, several are active and no name is given, the model is offloaded, or it was changed
             under it, so that it does not use what would be saved.
@@ -68,14 +71,30 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     adapted = Adapted.of(model)
     check_in_memory(adapted.root)
     name = adapted.adapter_name(name)
+    shards = {key: shard for key, shard in _parameters(adapted.root) if is_sharded(shard)}
+    with holding(adapted.root, {key: whole_tensor(shard.detach()) for key, shard in shards.items()}):
+        _save(adapted, name, Path(directory), writes=not shards or dist.get_rank() == 0)
+
+
+def _parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of adapters and of modules trained whole, by name."""
+    for key, parameter in root.named_parameters(remove_duplicate=False):
+        if not {SLOT, WHOLE}.isdisjoint(key.split(".")):
+            yield key, parameter
+
+
+def _save(adapted: Adapted, name: str, directory: Path, *, writes: bool) -> None:
     if isinstance(adapted.specs[name].variant, PairVariant):
-        write_adapter(portable(model, name=name), directory)
+        adapter = portable(adapted.root, name=name)
+        if writes:
+            write_adapter(adapter, directory)
         return
     layers = adapted.adapter_layers(name)
     spec, whole = _saved_whole(adapted, name, layers)
     with adapted.switched_off():
         probes = base_probes(adapted.root, list(layers))
-    write_own_form(adapted.root, BuiltAdapter(spec, layers, whole, probes), directory)
+    if writes:
+        write_own_form(adapted.root, BuiltAdapter(spec, layers, whole, probes), directory)
 
 
 def _saved_whole(adapted: Adapted, name: str, layers: Mapping[str, AdapterLayer]) -> tuple[LoRA, dict[str, Tensor]]:
@@ -93,7 +112,8 @@ def _saved_whole(adapted: Adapted, name: str, layers: Mapping[str, AdapterLayer]
     whole |= {f"{path}.{TOKEN_ROWS}": layer.rows for path, layer in layers.items() if isinstance(layer, TokenRows)}
     for path in added:
         whole |= base_state(path, adapted.layer(path))
-    return replace(spec, modules_to_save=(*spec.modules_to_save, *added)), whole
+    tensors = {key: whole_tensor(tensor) for key, tensor in whole.items()}
+    return replace(spec, modules_to_save=(*spec.modules_to_save, *added)), tensors
 
 
 def portable(model: nn.Module, *, name: str | None = None) -> Adapter:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from rankwise.adapted.adapted import Adapted
 from rankwise.errors import AttachError
+from rankwise.placement import holding, is_sharded
 from rankwise.sites import SLOT, WHOLE
 from rankwise.tensor_files import write_tensors
 
@@ -57,7 +58,8 @@ class SavePretrained:
         A merged model is written whole, as transformers does.
 
         Args:
-            state_dict: of the whole model, as Trainer gathers it; left aside.
+            state_dict: of the whole model, as Trainer gathers it. What a sharded model's parameters are is taken from
+                here, as the other processes wait.
             options: of transformers' method, of use for a merged model only.
 
         Raises:
@@ -80,5 +82,16 @@ class SavePretrained:
                 f"no such option: upload the directory afterwards, or merge the adapter first"
             )
         if is_main_process:
-            self._save(root, save_directory)
+            with holding(root, _unlike(root, state)):
+                self._save(root, save_directory)
             write_tensors(Path(save_directory) / TRAINED, {key: state[key] for key in sorted(ours)}, {})
+
+
+def _unlike(root: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a gathered state, what the parameters here hold a part of (FSDP2), or nothing (ZeRO-3)."""
+    parameters = root.named_parameters(remove_duplicate=False)
+    return {
+        key: state[key]
+        for key, parameter in parameters
+        if key in state and (is_sharded(parameter) or parameter.shape != state[key].shape)
+    }

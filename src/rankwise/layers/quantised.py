@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankwise.errors import AttachError
+from rankwise.placement import is_sharded
 from rankwise.sites import base_modules
 
 
 def is_quantised(layer: Any) -> bool:
     """Whether the layer's weight is stored in another form than plain floating point numbers."""
-    weight = layer.weight
+    weight = layer.weight.to_local() if is_sharded(layer.weight) else layer.weight
     return not weight.is_floating_point() or type(weight.data) is not Tensor
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.evidence.processes import process_count
 from rankwise.optim.elementwise import State
+from rankwise.placement import is_sharded, whole_tensor
 
 
 def wide(parameter: Tensor, state: State) -> Tensor:
@@ -15,7 +15,7 @@ def wide(parameter: Tensor, state: State) -> Tensor:
 
     An entry that the master does not round to was changed by someone else since the last step: it is taken as it is.
     """
-    rounded = whole(parameter)
+    rounded = whole_tensor(parameter)
     value = rounded.to(torch.promote_types(rounded.dtype, torch.float32))
     master = state.get("master")
     return value if master is None else torch.where(master.to(rounded.dtype) == rounded, master, value)
@@ -29,26 +29,11 @@ def move(parameter: Tensor, value: Tensor, direction: Tensor, group: Mapping[str
     parameter.copy_(_sharded_as(parameter, moved))
 
 
-def whole(tensor: Any) -> Tensor:
-    """A tensor; gathered from all processes where FSDP2 has sharded it."""
-    gathered: Tensor = tensor.full_tensor() if _is_sharded(tensor) else tensor
-    return gathered
-
-
 def _sharded_as(parameter: Any, value: Tensor) -> Tensor:
     """A value that every process has, in the parameter's shards."""
-    if not _is_sharded(parameter):
+    if not is_sharded(parameter):
         return value
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = parameter.device_mesh
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim).redistribute(placements=parameter.placements)
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    """Asked for only among several processes: the import takes most of a second."""
-    if process_count() == 1:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from rankwise.errors import CheckpointError, Diverged, SpecError, TrainingError
 from rankwise.optim.checks import check_number
 from rankwise.optim.elementwise import State, adam_direction
-from rankwise.optim.masters import move, whole, wide
+from rankwise.optim.masters import move, wide
 from rankwise.pair import Pair, pairs
+from rankwise.placement import whole_tensor
 from rankwise.variants.lora import LoraLayer
 
 T = TypeVar("T", bound="PairOptimizer")
@@ -208,10 +209,12 @@ class PairOptimizer(torch.optim.Optimizer):
         gradients = {pair.name: [p.grad for p in pair.parameters] for pair in moving}
         gradients["what is in no pair"] = [p.grad for group in self.param_groups[1:] for p in group["params"]]
         present = {name: [g for g in parts if g is not None] for name, parts in gradients.items()}
-        if whole(torch.nn.utils.get_total_norm(chain.from_iterable(present.values()))).isfinite():
+        if whole_tensor(torch.nn.utils.get_total_norm(chain.from_iterable(present.values()))).isfinite():
             return
         # The norm may overflow where no entry does, as in fp16.
-        broken = [name for name, parts in present.items() if not all(bool(whole(g.isfinite()).all()) for g in parts)]
+        broken = [
+            name for name, parts in present.items() if not all(bool(whole_tensor(g.isfinite()).all()) for g in parts)
+        ]
         if broken:
             raise Diverged(
                 f"{broken[0]}: its gradient holds NaN or infinity ({len(broken)} like this); lower lr (now "
@@ -266,7 +269,7 @@ def _has_gradients(pair: Pair) -> bool:
 
 def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
-    return whole(parameter.grad)
+    return whole_tensor(parameter.grad)
 
 
 def _effective(start: Tensor | None, trained: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         # transformers makes the directory at once.
         with _announced(model), _refusals(), writing(Path(recipe.output_dir)):
             super().__init__(model=model, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RecipeError(
+                "a recipe trains on one device, or on several that hold the whole base each; found FSDP or DeepSpeed "
+                "in accelerate's configuration. Launch with torchrun, or train with examples/launch/fsdp2.py or "
+                "examples/launch/trainer.py, which shard the base (docs/scaling.md)"
+            )
         self.remove_callback(PrinterCallback)
         self.add_callback(VariantCallback())
         self._throughput = Throughput()
