@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make soak   kill training runs 500 times, and at every operation on the disk; benchmarks/results/kills.json
 # make differential  random adapters between PEFT and this, both ways, CASES=2000; benchmarks/results/differential.json
+# make zoo    every architecture of transformers, tiny, through an adapter's life; docs/structures.md
 # make check  formatter, linter, strict types, import contract
 # make fuzz   coverage-guided fuzzing of the checkpoint reader, FUZZ_SECONDS=600
 # Each sets up .venv first; the stamp file makes that instant from the second time on.
@@ -20,7 +21,7 @@ CASES ?= 2000
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak differential check fuzz format clean
+.PHONY: help setup demo test soak differential zoo check fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -48,6 +49,9 @@ soak: setup
 
 differential: setup
 	$(BIN)/python benchmarks/differential.py --cases $(CASES)
+
+zoo: setup
+	$(BIN)/python benchmarks/zoo.py
 
 check: setup
 	$(BIN)/ruff format --check .
