@@ -6,6 +6,7 @@ python scripts/structures.py --check    # exit 1 if it is out of date
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -40,7 +41,9 @@ def tables() -> str:
 
 
 def _row(row: dict[str, Any]) -> str:
-    why = row["why"].replace("|", "\\|").replace("*", "\\*")
+    notes = Counter(re.sub(r"\.\d+(?=[.,' ])", ".*", note) for note in row["why"].split("; "))
+    why = "; ".join(note if count == 1 else f"{count} × {note}" for note, count in notes.items())
+    why = why.replace("|", "\\|").replace("*", "\\*")
     return f"| {row['name']} | {row['model']} | {row['outcome']} | {row['sites'] or ''} | {why} |"
 
 

@@ -203,7 +203,7 @@ def _select(modules: dict[str, nn.Module], targets: str | Iterable[str]) -> list
         if not linear:
             raise TargetError(
                 "target_modules 'all-linear' matches nothing: the model has no linear layer but its head, and no "
-                "convolution"
+                "convolution with torch's own forward"
             )
         return linear
     targeted = _matches("target_modules", modules, targets)
