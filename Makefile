@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make soak   kill training runs 500 times, and at every operation on the disk; benchmarks/results/kills.json
 # make differential  random adapters between PEFT and this, both ways, CASES=2000; benchmarks/results/differential.json
+# make zoo    every architecture of transformers, tiny, through an adapter's life; docs/structures.md
 # make check  formatter, linter, strict types, import contract, and the site
 # make engines  build llama.cpp from source for the tests that read exported adapters with it (minutes); build/engines
 # make docs   the documentation as a site, build/site/index.html; a broken link fails it
@@ -22,7 +23,7 @@ CASES ?= 2000
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak differential check engines docs fuzz format clean
+.PHONY: help setup demo test soak differential zoo check engines docs fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -50,6 +51,9 @@ soak: setup
 
 differential: setup
 	$(BIN)/python benchmarks/differential.py --cases $(CASES)
+
+zoo: setup
+	$(BIN)/python benchmarks/zoo.py
 
 check: setup docs
 	$(BIN)/ruff format --check .

@@ -28,7 +28,7 @@ LAYERS = (
     ("token_rows",),
     ("spec",),
     # What is to be collected is decided from sites alone, so that a plan can show it; collecting runs the model.
-    ("adapter", "collection"),
+    ("adapter", "collection", "short_forms"),
     ("planning", "approximation", "base_weights", "renaming"),
     ("adapted", "combinations"),
     ("pair", "evidence", "format", "routing"),

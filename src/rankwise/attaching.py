@@ -14,6 +14,7 @@ from rankwise.adapted.folded_start import check_foldable, fold_starts
 from rankwise.adapted.whole_modules import base_tensors, check_copyable
 from rankwise.collection import given_evidence
 from rankwise.errors import AttachError, EvidenceError, SpecError
+from rankwise.evidence.backward import note_idle
 from rankwise.evidence.collecting import collect
 from rankwise.evidence.undisturbed import repeatable
 from rankwise.format.save_load import save
@@ -145,12 +146,17 @@ def _adapters(
     sites = {site.name: site for site in chosen}
     batches = None if batches is None else repeatable(batches, len(chosen.evidence.passes))
     adapters: dict[str, AdapterLayer] = {}
+    idle: list[str] | None = [] if spec.target_modules == "all-linear" else None  # what was named must be there
     for part in chosen.evidence.passes:
         group = [sites[site.name] for site in part.sites]
         if given is None:
-            adapters |= _started(model, spec, group, collect(model, chosen.evidence, part, batches, loss))
+            adapters |= _started(model, spec, group, collect(model, chosen.evidence, part, batches, loss, idle=idle))
         else:
             adapters |= _started(model, spec, group, given)
+    for name in idle or ():
+        if not adapters:
+            note_idle(name, None)
+        log.warning("left out of all-linear: %s, which no gradient reached in the batches given", name)
     return adapters
 
 
@@ -160,6 +166,7 @@ def _started(
 ) -> dict[str, AdapterLayer]:
     """Site name → adapter layer: ranks are settled, each site gets its start."""
     assert isinstance(spec.init, Init)
+    sites = [site for site in sites if site.name in evidence]
     ranks = spec.init.ranks(sites, evidence)  # scales stay as planned; a site left with rank 0 carries no adapter
     settled = {site.name: replace(site, rank=ranks[site.name]) for site in sites if ranks[site.name]}
     generators = {name: site_generator(spec.seed, name) for name in settled}

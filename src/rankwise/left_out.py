@@ -6,12 +6,16 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from rankwise.layers.kinds import EmbeddingKind, kind_or_none
+from rankwise.layers.kinds import Conv2dKind, EmbeddingKind, kind_of, kind_or_none
+from rankwise.layers.quantised import is_quantised
 from rankwise.patterns import keys_under
 from rankwise.sites import base_modules
 
+SMALL = 4  # rows or columns of what is rather a gate than a layer
 LARGE = 0.01  # share of a model's weights from which on they are worth a line
 
 
@@ -28,6 +32,45 @@ def is_linear(module: nn.Module) -> bool:
     """Whether "all-linear" may take it."""
     kind = kind_or_none(module)
     return kind is not None and kind.name in ("linear", "conv1d")
+
+
+def linear_layers(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of what "all-linear" takes: every linear layer but heads; of a convnet, which has none, convolutions."""
+    others = {*output_heads(modules), *_not_wanted(modules)}
+    linear = [path for path, module in modules.items() if is_linear(module) and path not in others]
+    return linear or [path for path, module in modules.items() if isinstance(kind_or_none(module), Conv2dKind)]
+
+
+def _not_wanted(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Path of a linear layer for which no adapter is meant → why."""
+    attention = [path for path, module in modules.items() if isinstance(module, nn.MultiheadAttention)]
+    past = [f"{path}.out_proj".removeprefix(".") for path in attention]
+    why = dict.fromkeys(past, "whose weight nn.MultiheadAttention uses without calling it")
+    others = {path: module for path, module in modules.items() if is_linear(module) and not is_followed(module)}
+    return why | {path: f"a {type(m).__name__}, whose forward is more than x Wᵀ + b" for path, m in others.items()}
+
+
+def is_followed(layer: Any) -> bool:
+    """Whether an adapter can go on a layer: its kind is known, and its forward is what layers of that kind compute.
+
+    One of a linear layer's subclass is tried on a vector: routers return tuples, grouped layers take other shapes.
+    """
+    forward: Any = type(layer).forward
+    if not isinstance(layer, nn.Linear) or forward is nn.Linear.forward or is_quantised(layer):
+        return kind_or_none(layer) is not None
+    weight = layer.weight
+    x = torch.linspace(-1.0, 1.0, layer.in_features, device=weight.device).to(weight.dtype)[None]
+    with torch.no_grad():
+        expected = F.linear(x, weight, layer.bias)
+        try:
+            y = forward(layer, x)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # it wants something else
+            return False
+    if not isinstance(y, Tensor) or y.shape != expected.shape:
+        return False
+    return y.is_meta or torch.allclose(
+        y.to(expected.dtype), expected, rtol=0.02, atol=0.02 * float(expected.abs().max())
+    )
 
 
 def output_heads(modules: Mapping[str, nn.Module]) -> set[str]:
@@ -67,18 +110,28 @@ def last_layers(layers: Mapping[str, nn.Module]) -> set[str]:
     return last
 
 
+def may_be_small(layers: Mapping[str, nn.Module]) -> set[str]:
+    """Of what "all-linear" takes, the layers that may be too small for a rank: perhaps heads, gates, convolutions."""
+    kinds = {path: kind_of(layer) for path, layer in layers.items()}
+    gates = {path for path, kind in kinds.items() if min(kind.shape(layers[path])) <= SMALL}
+    return last_layers(layers) | gates | {path for path, kind in kinds.items() if isinstance(kind, Conv2dKind)}
+
+
 def notes_on_left_out(model: nn.Module, sites: Iterable[str], whole: Iterable[str], excluded: set[str]) -> list[str]:
     """A line for each new head that neither is adapted nor trained whole, and for large weights that no layer owns."""
-    modules = base_modules(model)
-    vocabulary, served = _vocabulary_heads(modules), {*sites, *excluded, *keys_under(whole, modules)}
-    linear: dict[str, Any] = {path: m for path, m in modules.items() if is_linear(m) and path not in vocabulary}
+    modules, sites = base_modules(model), set(sites)
+    not_wanted, served = _not_wanted(modules), {*sites, *excluded, *keys_under(whole, modules)}
+    others = {*_vocabulary_heads(modules), *not_wanted}
+    linear: dict[str, Any] = {path: m for path, m in modules.items() if is_linear(m) and path not in others}
     heads = (_new_heads(modules) | last_layers(linear)) - served
     notes = [
         f"{path} ({' × '.join(map(str, layer.weight.shape))}), a head; to train it whole: modules_to_save=[{path!r}]"
         for path, layer in linear.items()
         if path in heads
     ]
-    return notes + _large_weights(model, modules)
+    notes += [f"{path}, {why}" for path, why in not_wanted.items() if path not in served]
+    small = [path for path in linear_layers(modules) if path not in served and path not in heads]
+    return notes + [f"{path}, too small for the rank" for path in small] + _large_weights(model, modules)
 
 
 def _large_weights(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -9,7 +9,7 @@ from rankwise.collection import Collection, needed_evidence
 from rankwise.errors import SpecError, TargetError
 from rankwise.inits.base import Init
 from rankwise.layers.kinds import kind_of, kind_or_none
-from rankwise.left_out import is_linear, last_layers, notes_on_left_out, output_heads
+from rankwise.left_out import is_followed, linear_layers, may_be_small, notes_on_left_out
 from rankwise.methods import nearest
 from rankwise.patterns import in_layers, keys_under, matching, matching_ends, names_by_end, pattern_values
 from rankwise.sites import Site, base_modules
@@ -89,7 +89,9 @@ def left_out(model: nn.Module, spec: LoRA, sites: Iterable[Site]) -> list[str]:
     """What "all-linear" did not take, a line each."""
     if spec.target_modules != "all-linear":
         return []
-    excluded = _matches("exclude_modules", base_modules(model), spec.exclude_modules) if spec.exclude_modules else set()
+    modules = base_modules(model)
+    excluded = _matches("exclude_modules", modules, spec.exclude_modules) if spec.exclude_modules else set()
+    excluded |= modules.keys() - _in_layers(list(modules), spec)
     return notes_on_left_out(model, [site.name for site in sites], spec.modules_to_save, excluded)
 
 
@@ -109,14 +111,18 @@ def planned_sites(model: nn.Module, spec: LoRA) -> list[Site]:
     alphas = pattern_values("alpha_pattern key", spec.alpha_pattern, names, spec.alpha)
     _check_patterns("rank_pattern", spec.rank_pattern, names)
     _check_patterns("alpha_pattern", spec.alpha_pattern, names)
-    heads = last_layers(chosen) if spec.target_modules == "all-linear" else set()
+    small = may_be_small(chosen) if spec.target_modules == "all-linear" else set()
     sites: list[Site] = []
+    refusals: list[SpecError] = []
     for name, layer in chosen.items():
         try:
             sites.append(_site(name, layer, spec, ranks[name], alphas[name]))
-        except SpecError:
-            if name not in heads or not sites:  # a head too narrow for the rank is left out
+        except SpecError as error:
+            refusals.append(error)
+            if name not in small:  # for the rank, and left out
                 raise
+    if not sites:
+        raise refusals[0]
     return sites
 
 
@@ -193,18 +199,20 @@ def whole_modules(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module
 
 def _select(modules: dict[str, nn.Module], targets: str | Iterable[str]) -> list[str]:
     if targets == "all-linear":
-        heads = output_heads(modules)
-        linear = [n for n, m in modules.items() if is_linear(m) and n not in heads]
+        linear = linear_layers(modules)
         if not linear:
-            raise TargetError("target_modules 'all-linear' matches nothing: the model has no linear layer but its head")
+            raise TargetError(
+                "target_modules 'all-linear' matches nothing: the model has no linear layer but its head, and no "
+                "convolution with torch's own forward"
+            )
         return linear
     targeted = _matches("target_modules", modules, targets)
     matched = [name for name in modules if name in targeted]
     for name in matched:
-        if kind_or_none(modules[name]) is None:
+        if not is_followed(modules[name]):
             raise TargetError(
                 f"target_modules matches {name!r}, a {type(modules[name]).__name__}, which cannot carry an adapter; "
-                f"expected Linear, Conv1D, Conv2d or Embedding: name layers inside it"
+                f"expected Linear, Conv1D, Conv2d or Embedding with their own forward: name layers inside it"
             )
     return matched
 

@@ -16,8 +16,9 @@ from rankwise.pair import Pair, pairs
 from rankwise.planning import plan
 from rankwise.quantising import merge_quantised
 from rankwise.routing.route import route
+from rankwise.short_forms import Bottleneck
 from rankwise.sites import Site
-from rankwise.spec import Bottleneck, LoRA
+from rankwise.spec import LoRA
 
 __all__ = [
     "Bottleneck",

@@ -1,4 +1,4 @@
-"""``LoRA(...)``: what to adapt and how, validated when it is made; ``Bottleneck(...)``, a short form of it.
+"""``LoRA(...)``: what to adapt and how, validated when it is made.
 
 Importing this module needs no torch: a recipe's schema and its errors are made from these fields.
 """
@@ -12,7 +12,7 @@ from rankwise.inits import INITS
 from rankwise.methods import as_plain, name_of, nearest, resolve
 from rankwise.other_names import ADAPTER, hint
 from rankwise.scaling import Scaling
-from rankwise.spec_checks import METHOD_FIELDS, check_together, checked, checked_rank
+from rankwise.spec_checks import METHOD_FIELDS, check_together, checked
 from rankwise.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -171,37 +171,3 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain_value(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def Bottleneck(
-    target_modules: str | Sequence[str],
-    width: int = 64,
-    activation: str = "gelu",
-    dropout: float = 0.0,
-    exclude_modules: str | Sequence[str] = (),
-    seed: int = 0,
-) -> LoRA:
-    """The spec of a bottleneck adapter: y + up(act(down(y))) on the outputs of the target layers.
-
-    Houlsby 2019 (arXiv 1902.00751) puts one behind each sub-layer's last projection, before the residual sum; see
-    :class:`rankwise.variants.bottleneck.BottleneckVariant`.
-
-    Args:
-        target_modules: as in :class:`LoRA`; for example ["o_proj", "down_proj"].
-        width: of the bottleneck; the spec's rank.
-        activation: "gelu", "relu", "silu" or "tanh".
-        dropout: probability that an element inside the bottleneck is dropped in training.
-        exclude_modules, seed: as in :class:`LoRA`.
-
-    Raises:
-        SpecError: a field is out of range, unknown, or of the wrong type.
-    """
-    return LoRA(
-        rank=checked_rank("width", width),
-        alpha=width,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
-        variant={"name": "bottleneck", "activation": activation},
-        dropout=dropout,
-        seed=seed,
-    )

@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, T5Config, T5ForConditi
 
 import rankwise as rw
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, SpecError, TargetError, UnsupportedAdapter
+from rankwise.inspection import inspect
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID]
 
@@ -94,6 +95,7 @@ def test_the_laws(case: tuple[nn.Module, dict[str, Any]], tmp_path: Path) -> Non
     read = rw.load(deepcopy(base), tmp_path)
     assert torch.equal(outputs(read), trained)
     close(outputs(PeftModel.from_pretrained(deepcopy(base), str(tmp_path))), trained)
+    _check_inspection(tmp_path, fields)
     rw.save(read, tmp_path / "again")
     first, second = (rw.read(where) for where in (tmp_path, tmp_path / "again"))
     assert first.saved.keys() == second.saved.keys()
@@ -106,6 +108,17 @@ def test_the_laws(case: tuple[nn.Module, dict[str, Any]], tmp_path: Path) -> Non
     kept = rw.detach(model).state_dict()
     assert kept.keys() == clean.keys()
     assert all(torch.equal(kept[key], value) for key, value in clean.items())
+
+
+def _check_inspection(folder: Path, fields: dict[str, Any]) -> None:
+    """Engines that read pairs alone are told apart from those that read the rest."""
+    report = inspect(folder)
+    assert not report.problems
+    beside = {"bias", "trainable_token_indices"}.intersection(fields)
+    assert bool(report.replaced) == bool(beside)
+    answers = {verdict.engine: verdict.answer for verdict in report.engines}
+    assert answers["PEFT"] == answers["rankwise"] == "yes"
+    assert not beside or "yes" not in {answers[name] for name in answers.keys() - {"PEFT", "rankwise"}}
 
 
 def test_we_read_what_peft_writes(case: tuple[nn.Module, dict[str, Any]], tmp_path: Path) -> None:

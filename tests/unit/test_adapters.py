@@ -286,20 +286,20 @@ class Experts(nn.Module):
 
 def test_multihead_attention_goes_past_its_out_proj():
     model = Attention()
-    rw.attach(model, rw.LoRA(rank=2))
+    rw.attach(model, rw.LoRA(rank=2, target_modules=["inner", "out_proj"]))
     with pytest.raises(
         SiteNeverFired,
         match=r"^attention.out_proj: a forward .* past this layer.*detach and name it in exclude_modules",
     ):
         model(torch.randn(2, 3, 8))
     rw.detach(model)
-    rw.attach(model, rw.LoRA(rank=2, exclude_modules=["out_proj"]))
+    rw.attach(model, rw.LoRA(rank=2))
     model(torch.randn(2, 3, 8)).sum().backward()
     assert [p.name for p in rw.pairs(model)] == ["inner"]
 
 
 def test_a_layer_of_the_model_itself_that_is_bypassed():
-    model = rw.attach(Bypassed(), rw.LoRA(rank=2))
+    model = rw.attach(Bypassed(), rw.LoRA(rank=2, target_modules=["bypassed"]))
     with pytest.raises(SiteNeverFired, match=r"^bypassed: "):
         model(X)
     with rw.disabled(model), pytest.raises(SiteNeverFired):
@@ -341,7 +341,7 @@ def test_a_merged_model_has_no_layers_to_watch():
     rw.unmerge(model)
     model.chosen = 0
     model(X)
-    bypassed = rw.attach(Bypassed(), rw.LoRA(rank=2))
+    bypassed = rw.attach(Bypassed(), rw.LoRA(rank=2, target_modules=["bypassed"]))
     rw.merge(bypassed)
     bypassed(X)  # whose weight is right
     rw.unmerge(bypassed)
@@ -468,7 +468,7 @@ def test_a_layer_without_gradient_or_with_a_bad_one_leaves_the_model_as_it_was()
     model.idle.eval()
     model.used.bias.requires_grad_(False)
     model.used.register_forward_hook(_silent)
-    spec = rw.LoRA(rank=2, init="lora-ga")
+    spec = rw.LoRA(rank=2, init="lora-ga", target_modules=["used", "idle"])
     with left_as_it_was(model), pytest.raises(rw.errors.NoGradient, match=r"^idle: no gradient.*exclude_modules"):
         rw.attach(model, spec, batches=[X], loss=lambda m, x: m.used(x).square().mean())
     with left_as_it_was(model), pytest.raises(rw.errors.NonFiniteGradient, match=r"batch 0: the loss is nan"):

@@ -141,7 +141,7 @@ def test_what_cannot_be_served_is_refused_and_the_model_left_alone(fields, error
 
 def test_a_model_without_linear_layers():
     with pytest.raises(TargetError, match=r"'all-linear' matches nothing"):
-        rw.plan(nn.Sequential(nn.Conv2d(3, 4, 1)), rw.LoRA())
+        rw.plan(nn.Sequential(nn.LayerNorm(3)), rw.LoRA())
     with pytest.raises(TargetError, match=r"no adaptable module"):
         rw.plan(nn.Sequential(nn.ReLU()), rw.LoRA(target_modules=["x"]))
 

@@ -1,5 +1,6 @@
 """Adapted: a model that carries adapters, and all that is known of it, in one object."""
 
+import logging
 import sys
 import weakref
 from collections.abc import Collection, Iterator, Mapping
@@ -19,7 +20,9 @@ from rankwise.methods import nearest
 from rankwise.placement import check_in_memory
 from rankwise.sites import ADAPTED, SLOT, WHOLE, base_modules
 from rankwise.spec import LoRA
-from rankwise.variants.base import AdapterLayer
+from rankwise.variants.base import AdapterLayer, FoldableLayer
+
+log = logging.getLogger("rankwise")
 
 
 @dataclass(eq=False, repr=False)
@@ -240,6 +243,16 @@ class Adapted:
                 del self.layer(path)._modules[WHOLE]
         del self.specs[name], self.trainable[name]
         self._collect()
+
+    def leave_out(self, path: str) -> bool:
+        """Take a slot off that does nothing, if all that is on it is from "all-linear" and not trained; else False."""
+        for name, layer in self.slots[path].adapters.items():
+            trained = not isinstance(layer, FoldableLayer) or bool(layer.delta().norm())
+            if trained or self.specs[name].target_modules != "all-linear":
+                return False
+        log.warning("left out of all-linear: %s, whose weight the model uses without calling the layer", path)
+        self.slots.pop(path).take_off(self.layer(path))
+        return True
 
     def restore(self) -> None:
         """Give the model its pretrained tensors back and take everything off."""

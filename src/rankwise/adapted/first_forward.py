@@ -47,7 +47,7 @@ def _end(root: nn.Module, args: Any, output: Any) -> None:
     if reads is None or output is None:  # an error in the forward
         return
     adapted = vars(root)[ADAPTED]
-    for path in _idle(root, adapted.slots).keys() & reads.read:
+    for path in [path for path in _idle(root, adapted.slots).keys() & reads.read if not adapted.leave_out(path)]:
         adapted.forwards = 0  # the next one is no better
         raise SiteNeverFired(
             f"{path}: a forward of the model went past this layer (its weight is used directly, as "

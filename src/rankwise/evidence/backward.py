@@ -48,9 +48,16 @@ def run_backward(
     return total(count)
 
 
-def no_gradient(name: str) -> NoGradient:
-    """The error for a layer that got none, in any process."""
-    return NoGradient(
+def note_idle(name: str, idle: list[str] | None) -> None:
+    """Note a layer that got no gradient, in any process.
+
+    Raises:
+        NoGradient: there is no list to note it in.
+    """
+    if idle is not None:
+        idle.append(name)
+        return
+    raise NoGradient(
         f"{name}: no gradient reached this layer (its output does not influence the loss, or its weight is used past "
         f"its forward); expected a non-zero gradient from every adapted layer: name it in exclude_modules, or check "
         f"the labels of the batches"

@@ -113,6 +113,7 @@ def collect(
     loss: Loss | None = None,
     *,
     device: torch.device | str | None = None,
+    idle: list[str] | None = None,
 ) -> Mapping[str, Any]:
     """The evidence of one pass: site name → what the initialisation's ``__call__`` takes.
 
@@ -121,6 +122,7 @@ def collect(
         part: one of its passes.
         batches, loss: as in :func:`rankwise.attach`; batches that can be gone over once serve one pass.
         device: where exact gradients are added up; None: where they arise.
+        idle: takes the names of layers that no gradient reached, which then have no evidence; None: they are an error.
 
     Raises:
         EvidenceError: no batches where they are needed, and what :func:`rankwise.gradients` and its siblings raise.
@@ -153,9 +155,9 @@ def collect(
         case "nothing":
             return dict.fromkeys(layers)
         case "exact":
-            return exact_gradients(model, layers, data, loss, device=device)
+            return exact_gradients(model, layers, data, loss, device=device, idle=idle)
         case "sketch":
-            sketches = sketched_gradients(model, layers, data, part.directions, loss, sweeps=part.sweeps)
+            sketches = sketched_gradients(model, layers, data, part.directions, loss, sweeps=part.sweeps, idle=idle)
             _warn_of_low_energy(sketches)
             return sketches
         case "activations":

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rankwise.algebra.svd import truncated_svd
 from rankwise.errors import NonFiniteGradient
-from rankwise.evidence.backward import Loss, no_gradient, run_backward
+from rankwise.evidence.backward import Loss, note_idle, run_backward
 from rankwise.evidence.processes import summed
 from rankwise.layers.kinds import kind_of
 from rankwise.shapes import Float
@@ -46,8 +46,13 @@ def exact_gradients(
     loss: Loss | None = None,
     *,
     device: torch.device | str | None = None,
+    idle: list[str] | None = None,
 ) -> dict[str, ExactGradient]:
-    """:func:`rankwise.gradients` for layers that are already chosen, all in one pass."""
+    """:func:`rankwise.gradients` for layers that are already chosen, all in one pass.
+
+    Args:
+        idle: takes the names of layers that no gradient reached, which then have no evidence; None: they are an error.
+    """
     sums: dict[str, Tensor] = {}
 
     def add(name: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
@@ -60,7 +65,8 @@ def exact_gradients(
         unseen = name not in sums  # by this process
         G = summed(torch.zeros(kind_of(layer).shape(layer), device=device) if unseen else sums.pop(name))
         if not bool(G.any()):
-            raise no_gradient(name)
+            note_idle(name, idle)
+            continue
         if not bool(torch.isfinite(G).all()):
             raise NonFiniteGradient(
                 f"{name}: its gradient holds NaN or infinity; look at the batches, or load the model in fp32 or bf16"

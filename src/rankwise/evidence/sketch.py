@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rankwise.algebra.low_rank import LowRank
 from rankwise.collection import PROBES
 from rankwise.errors import EvidenceError, NonFiniteGradient
-from rankwise.evidence.backward import Loss, no_gradient, run_backward
+from rankwise.evidence.backward import Loss, note_idle, run_backward
 from rankwise.evidence.processes import everyones, process_count, summed, total
 from rankwise.evidence.undisturbed import repeatable
 from rankwise.layers.increments import Increment
@@ -165,7 +165,7 @@ class _Factors:
     """The factors of several layers while batches come in."""
 
     def __init__(self, layers: Mapping[str, nn.Module], widths: Mapping[str, int]) -> None:
-        self.layers, self.widths = layers, widths
+        self.layers, self.widths = dict(layers), widths
         self.factors: dict[str, _Running | _Fixed] = {}
 
     def add(self, name: str, layer: nn.Module, x: Tensor, grad_y: Tensor) -> None:
@@ -182,15 +182,17 @@ class _Factors:
         layer = self.layers[name]
         return _Running(kind_of(layer).shape(layer), self.widths[name], site_generator(0, name), device)
 
-    def join(self) -> None:
-        """Make them the factors of the sums over all processes.
+    def join(self, idle: list[str] | None) -> None:
+        """Make them the factors of the sums over all processes, without the layers that no gradient reached.
 
         Raises:
             NoGradient: a layer got none, in any process.
         """
-        for name in self.layers:
+        for name in list(self.layers):
             if not total(int(name in self.factors)):
-                raise no_gradient(name)
+                note_idle(name, idle)
+                del self.layers[name]
+                continue
             if name not in self.factors:  # other processes have seen it
                 self.factors[name] = self._begin(name, torch.device("cpu"))
             self.factors[name].join()
@@ -208,12 +210,14 @@ def sketched_gradients(
     loss: Loss | None = None,
     *,
     sweeps: int = 1,
+    idle: list[str] | None = None,
 ) -> dict[str, SketchedGradient]:
     """A factor of each layer's mean gradient over the batches.
 
     Args:
         widths: site → k, the directions kept; four times the adapter's rank serves LoRA-GA.
         sweeps: 2 goes over the same batches again for a closer factor.
+        idle: see :func:`rankwise.evidence.exact_gradients`.
 
     Raises:
         EvidenceError: see :func:`rankwise.gradients`.
@@ -221,9 +225,9 @@ def sketched_gradients(
     batches = repeatable(batches, sweeps)
     running = _Factors(layers, widths)
     count = run_backward(model, layers, batches, loss, running.add)
-    running.join()
+    running.join(idle)
     for _ in range(sweeps - 1):
         running.hold_still()
         run_backward(model, layers, batches, loss, running.add)
-        running.join()
-    return {name: running.factors[name].result(count) for name in layers}
+        running.join(None)
+    return {name: running.factors[name].result(count) for name in running.layers}

@@ -25,7 +25,19 @@ from rankwise.format.configuration import (
     variant_recorded,
 )
 from rankwise.format.layout import SiteReader, by_site, named_whole, stray, whole_keys, whole_tensors
-from rankwise.format.names import CONFIG, EXTRA, FILES, OWN, TENSORS, is_base_copy, site_and_suffix, whole_name
+from rankwise.format.names import (
+    CONFIG,
+    EXTRA,
+    FILES,
+    OWN,
+    PREFIX,
+    TENSORS,
+    TOKEN_ROWS,
+    is_base_copy,
+    is_token_rows,
+    site_and_suffix,
+    whole_name,
+)
 from rankwise.format.selection import stated_selection
 from rankwise.inspection.arrays import TensorFile, low_rank_norm, opened
 from rankwise.inspection.engines import verdicts
@@ -85,9 +97,14 @@ def _inspect(folder: Path) -> Inspection:
             reader = problems.catch(lambda: SiteReader(folder, config, fields, list(parts)))
             sites = [] if reader is None else list(_sites(reader, parts, file, problems))
         notes.extend(_unread(file))
-    beside = [key for key in whole if not is_base_copy(key)]  # an adapted layer's own weight is the base's, or resized
-    replaced = tuple(dict.fromkeys(name.rpartition(".")[0] for name in map(whole_name, beside) if name))
-    if replaced:
+    rows = [key.removeprefix(PREFIX).removesuffix(f".{TOKEN_ROWS}") for key in whole if is_token_rows(key)]
+    notes.extend(f"trains single rows of {path}" for path in rows)
+    biased = spec is not None and spec["bias"] != "none"
+    # An adapted layer's own weight is the base's, or resized.
+    beside = [key for key in whole if not is_base_copy(key) or (biased and key.endswith(".bias"))]
+    names = [name for key in beside if not is_token_rows(key) and (name := whole_name(key))]
+    replaced = tuple(dict.fromkeys([*(name.rpartition(".")[0] for name in names), *rows]))
+    if names:
         notes.append(f"replaces whole modules: {', '.join(replaced)}; load(..., modules_to_save=()) refuses that")
     start = relative_start(config)
     if start is not None:

@@ -261,8 +261,8 @@ def kind_or_none(layer: nn.Module) -> Kind | None:
         return LINEAR
     if isinstance(layer, nn.Embedding):
         return EMBEDDING
-    if isinstance(layer, nn.Conv2d):
-        return CONV2D
+    if isinstance(layer, nn.Conv2d):  # one with a forward of its own may do anything with its weight
+        return CONV2D if type(layer).forward is nn.Conv2d.forward else None
     if ("transformers.pytorch_utils", "Conv1D") in {(c.__module__, c.__name__) for c in type(layer).__mro__}:
         return CONV1D  # by name: the core does not import transformers
     return None
