@@ -7,9 +7,9 @@ KL(adapted in fp32 ‖ rounded) over tokens, of verses that were held out and of
 - "naive": the adapter is added to that rounded base, and the sum is rounded again by the reader.
 - "folded": weight and adapter are added in fp32, and the reader rounds the sum.
 - "merge_quantised": the same with scales by which least is lost.
-- "merge_quantised, batches": with the inputs of 16 batches of 4 training verses, 128 tokens at most.
+- "merge_quantised, batches": with the inputs of 8 batches of 4 training verses, 128 tokens at most.
 
-    python benchmarks/quantised_merge.py
+    python benchmarks/quantised_merge.py [--storages nf4 int4]
 """
 
 import argparse
@@ -30,13 +30,12 @@ from rankwise.planning import target_layers
 from rankwise.train.quantised import mean_divergence
 
 ADAPTER = kjv.ADAPTERS / "lora-64-0.0005-0"
-Weights = dict[str, Tensor]
 
 
 def texts(prepared: kjv.Prepared) -> dict[str, list[dict[str, Tensor]]]:
-    verses = [dict(batch) for batch, _ in zip(prepared.trainer.get_eval_dataloader(), range(3), strict=False)]
+    verses = [dict(batch) for batch, _ in zip(prepared.trainer.get_eval_dataloader(), range(1), strict=False)]
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    ids = prepared.tokenizer(readme, return_tensors="pt")["input_ids"][0][: 2 * 256].view(2, 256)
+    ids = prepared.tokenizer(readme, return_tensors="pt")["input_ids"][0][:256].view(1, 256)
     return {"verses": verses, "README": [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]}
 
 
@@ -57,9 +56,11 @@ def moved(model: Any, batches: list[dict[str, Tensor]], wanted: list[Tensor]) ->
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storages", nargs="+", choices=GRIDS, default=list(GRIDS))
+    storages = parser.parse_args().storages
     torch.set_num_threads(1)
-    prepared = kjv.untrained(kjv.data(), per_device_train_batch_size=4, init_batches=16)
+    prepared = kjv.untrained(kjv.data(), per_device_train_batch_size=4, init_batches=8)
     model, probes = prepared.model, texts(prepared)
     layers = target_layers(model)
     base = {path: layer.weight.detach().clone() for path, layer in layers.items()}
@@ -76,8 +77,8 @@ def main() -> None:
     wanted: dict[str, list[Tensor]] = {}
     put(lambda path: base[path] + changes[path])
     wanted |= {name: list(outputs(model, batches)) for name, batches in probes.items()}
-    content: dict[str, Any] = {"machine": common.machine(), "adapted": kjv.judged(prepared)["test"], "storages": {}}
-    for kind in ("nf4", "int4", "int8"):
+    content: dict[str, Any] = {"machine": common.machine(), "storages": {}}
+    for kind in storages:
         grid = GRIDS[kind]
         ways: dict[str, Callable[[str], Tensor]] = {
             "apart": lambda path, grid=grid: grid.read(base[path]) + changes[path],
@@ -88,6 +89,7 @@ def main() -> None:
         for name, weights in ways.items():
             put(weights)
             rows[name] = judged()
+            print(kind, name, rows[name], flush=True)
         for name, batches in (("merge_quantised", None), ("merge_quantised, batches", prepared.batches)):
             put(lambda path: base[path].clone())
             rw.load(model, ADAPTER, trainable=False)
@@ -100,8 +102,8 @@ def main() -> None:
             if batches is not None:
                 rows[name]["error of outputs"] = round(fmean(site.output_error or 0.0 for site in sites.values()), 4)
             rows[name] |= judged()
+            print(kind, name, rows[name], flush=True)
         content["storages"][kind] = rows
-        print(kind, rows, flush=True)
         common.write("quantised_merge", content)
 
 

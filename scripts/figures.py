@@ -363,81 +363,18 @@ def combine() -> str:
     )
 
 
-def squeezing_smollm2() -> str:
-    """Test losses seed by seed: wide, cut, repaired, and narrow from the start."""
-    found = result("squeezing_smollm2")
-    narrow = {row["seed"]: row["test"] for row in found["narrow"]}
-    rows = []
-    for run in found["runs"]:
-        cut = run["squeezed"]
-        cells = [f"{cut[way]['test']:.3f} ({cut[way]['error']:.0%})" for way in ("weights", "outputs")]
-        losses = [f"{value:.3f}" for value in (run["repaired"]["test"], narrow[run["seed"]])]
-        rows.append([str(run["seed"]), f"{run['wide']['test']:.3f}", *cells, *losses])
-    rates = ", ".join(f"{row['rate']:g}: {row['validation']:.3f}" for row in found["rates"])
-    wide, rank, after = found["wide"], found["rank"], found["steps after"]
-    head = ["seed", f"rank {wide}", f"cut to {rank} in weights (lost)", "in outputs (lost)"]
-    head += [f"cut before the last {after} steps", f"rank {rank} throughout"]
-    return (
-        f"SmolLM2-135M, King James, 32 steps of 2; test loss. Rank {wide} at rate {found['rate']:g} (validation loss "
-        f"by rate: {rates}), rank {rank} at its own best, 0.002:\n\n{table(head, rows)}"
-    )
-
-
-def extracting() -> str:
-    found = result("extracting")
-    rows = [["base", "", "", f"{found['base']['test']:.3f}"]]
-    rows += [
-        [f"rank {row['rank']}", f"{row['numbers']:,}", f"{row['share']:.1%}", f"{row['test']:.3f}"]
-        for row in found["ranks"]
-    ]
-    rows.append(["full fine-tuning", "", "100%", f"{found['full']['test']:.3f}"])
-    return (
-        f"SmolLM2-135M after {found['steps']} steps of full fine-tuning on the King James Bible (AdamW, "
-        f"{found['rate']:g}), extracted in {found['seconds']:.0f} s of one core. "
-        "Share of the change's energy, and test loss:\n\n"
-        + table(["", "numbers", "share of ‖change‖²", "test loss"], rows)
-    )
-
-
-def quantised_merge() -> str:
-    """Divergences by storage and way."""
-    storages = result("quantised_merge")["storages"]
-    rows = [
-        [f"`{kind}`", text, *(f"{row['KL'][text]:.4f}" for row in ways.values())]
-        for kind, ways in storages.items()
-        for text in next(iter(ways.values()))["KL"]
-    ]
-    seconds = "; ".join(
-        f"{kind}: {ways['merge_quantised, batches']['seconds']:.0f} s" for kind, ways in storages.items()
-    )
-    ways = list(next(iter(storages.values())))
-    return (
-        "SmolLM2-135M with an adapter of rank 64 trained on the King James Bible: mean KL from the adapted model in "
-        "fp32, nats a token, on held-out verses and on this repository's README. `apart`: the adapter beside a rounded "
-        "base; `naive`: added to it and rounded again; `folded`: added to the full-precision base and rounded by the "
-        "reader:"
-        f"\n\n{table(['storage', 'text', *ways], rows)}\n\n"
-        f"With 16 batches of 4 verses, CPU time on one thread: {seconds}."
-    )
-
-
 def ordinary() -> str:
     found = result("ordinary_adapters")
     count, alarms, fit = len(found["adapters"]), found["false alarms"], found["fit"]
-    bounds: dict[str, list[float]] = {}
-    for measures in found["adapters"].values():
-        for measure, (low, high) in measures.items():
-            known = bounds.setdefault(measure, [low, high])
-            bounds[measure] = [min(known[0], low), max(known[1], high)]
-    rows = [[f"`{measure}`", f"{low:.2g}", f"{high:.2g}"] for measure, (low, high) in bounds.items()]
-    named = f" ({'; '.join(alarms)})" if alarms else ""
+    rows = [[f"`{measure}`", f"{low:.2g}", f"{high:.2g}"] for measure, (low, high) in found["bounds"].items()]
     return (
-        f"Lowest and highest values over the layers of {count} adapters (LoRA, DoRA, LoRA-GA, PiSSA, spectral and "
-        "other steps, ranks 1 to 128, on a byte model and on SmolLM2-135M):\n\n"
+        f"Lowest and highest values over the layers of {count} adapters of as many methods, ranks and rates, on a byte "
+        "model and on SmolLM2-135M (benchmarks/ordinary_adapters.py):\n\n"
         f"{table(['measure', 'lowest', 'highest'], rows)}\n\n"
-        f"Beside the extremes of all the others, {len(alarms)} of the {count} raise an alarm{named}. `fit` on their "
-        f"own bases: {fit['on its base'][0]:.1f} to {fit['on its base'][1]:.1f}; on the same weights in another order "
-        f"of rows and columns: {fit['on another'][0]:.1f} to {fit['on another'][1]:.1f}."
+        f"Beside the extremes of all the others, {len(alarms)} of the {count} raise an alarm; LoRA at four times its "
+        f"rate does, in {', '.join(found['at four times the rate'])}. `fit` on their own bases: "
+        f"{fit['on its base'][0]:.1f} to {fit['on its base'][1]:.1f}; on the same weights in another order of rows and "
+        f"columns: {fit['on another'][0]:.1f} to {fit['on another'][1]:.1f}; below 2 a base counts as unrelated."
     )
 
 
@@ -533,13 +470,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "intrinsic": intrinsic,
         "analyze": analyze,
     },
-    "docs/adapters.md": {
-        "combine": combine,
-        "squeezing-smollm2": squeezing_smollm2,
-        "extracting": extracting,
-        "quantised": quantised_merge,
-        "ordinary": ordinary,
-    },
+    "docs/adapters.md": {"combine": combine, "ordinary": ordinary},
     "docs/coming_from.md": {"other-names": other_names},
     "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},

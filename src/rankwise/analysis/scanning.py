@@ -32,7 +32,7 @@ MEASURES = {
         "it drowns the weight: look at alpha and the learning rate",
     ),
     "relative_size": ("‖ΔW‖_F/‖W₀‖_F", "it replaces the weight: look at alpha and the learning rate"),
-    "concentration": ("σ₁²/Σσᵢ², over 1/rank", "one direction carries nearly everything: what is its input?"),
+    "dominance": ("σ₁²/Σσᵢ² of the other directions", "one direction carries nearly everything: what is its input?"),
     "share": ("share of Σ‖ΔW‖², over that of an even spread", "this layer was changed apart from the others: by hand?"),
     "imbalance": (
         "(‖B‖/‖A‖) over the adapter's median",
@@ -50,7 +50,7 @@ MEASURES = {
 _LEAST_RANK = 4  # from which on one direction of many can be said to stand out
 _LEADING = 10  # directions in which intruders are looked for
 _PROBES, _DIRECTIONS = 64, 4  # random directions, and the adapter's own, that a weight's response is compared on
-_UNRELATED = 1.5  # below it, an adapter's directions are to the base as random ones are; those give 1
+_UNRELATED = 2.0  # below it, an adapter's directions are to the base as random ones are; those give 1
 _LEAST_SITES = 12  # that are needed to say so
 
 
@@ -144,7 +144,7 @@ def _alone(site: SiteAdapter) -> dict[str, float]:
         return {}
     values = {"share": energy, "imbalance": float(site.delta.B.double().norm() / site.delta.A.double().norm())}
     if site.delta.rank >= _LEAST_RANK:
-        values["concentration"] = float(S[0].square()) / energy * len(S)
+        values["dominance"] = _ratio(float(S[0].square()), float(S[1:].square().sum()))
     return values
 
 
