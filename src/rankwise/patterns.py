@@ -73,6 +73,24 @@ def in_layers(paths: Iterable[str], layers: Collection[int], lists: Iterable[str
     return {path for path in paths if path in whole or layer_number(path, beginnings) in layers}
 
 
+def in_every_layer(
+    paths: Sequence[str], layers: Collection[int], lists: Sequence[str], exact: Iterable[str]
+) -> list[str]:
+    """Like :func:`in_layers`, in the paths' order.
+
+    Raises:
+        TargetError: one of the numbers means none of them.
+    """
+    for number in layers:
+        if not in_layers(paths, [number], lists, ()):
+            raise TargetError(
+                f"layers_to_transform: expected layers with targets in them, found none in layer {number}; the first "
+                f"target is {paths[0]}, the last {paths[-1]}"
+            )
+    meant = in_layers(paths, layers, lists, exact)
+    return [path for path in paths if path in meant]
+
+
 def layer_number(path: str, beginnings: Sequence[str] = (_FIRST_INDEX,)) -> int | None:
     """The number of the layer that a module belongs to, after one of these beginnings; None outside of all."""
     matches = (re.match(rf"{beginning}(\d+)\.", path) for beginning in beginnings)

@@ -11,7 +11,7 @@ from rankwise.inits.base import Init
 from rankwise.layers.kinds import kind_of, kind_or_none
 from rankwise.left_out import is_followed, linear_layers, may_be_small, notes_on_left_out
 from rankwise.methods import nearest
-from rankwise.patterns import in_layers, keys_under, matching, matching_ends, names_by_end, pattern_values
+from rankwise.patterns import in_every_layer, keys_under, matching, matching_ends, names_by_end, pattern_values
 from rankwise.sites import Site, base_modules
 from rankwise.spec import LoRA
 from rankwise.text_table import aligned
@@ -127,23 +127,9 @@ def planned_sites(model: nn.Module, spec: LoRA) -> list[Site]:
 
 
 def _in_layers(names: list[str], spec: LoRA) -> list[str]:
-    """Those that ``layers_to_transform`` means.
-
-    Raises:
-        TargetError: one of its numbers means none.
-    """
+    exact = () if isinstance(spec.target_modules, str) else spec.target_modules
     layers: Any = spec.layers_to_transform
-    if layers is None:
-        return names
-    lists, exact = spec.layers_pattern, () if isinstance(spec.target_modules, str) else spec.target_modules
-    empty = [number for number in layers if not in_layers(names, [number], lists, ())]
-    if empty:
-        raise TargetError(
-            f"layers_to_transform: expected layers with targets in them, found none in layer {empty[0]}; the first "
-            f"target is {names[0]}, the last {names[-1]}"
-        )
-    meant = in_layers(names, layers, lists, exact)
-    return [name for name in names if name in meant]
+    return names if layers is None else in_every_layer(names, layers, spec.layers_pattern, exact)
 
 
 def _site(name: str, layer: nn.Module, spec: LoRA, rank: int, alpha: float) -> Site:

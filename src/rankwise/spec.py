@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rankwise.errors import SpecError
 from rankwise.inits import INITS
 from rankwise.methods import as_plain, name_of, nearest, resolve
-from rankwise.other_names import ADAPTER, hint
 from rankwise.scaling import Scaling
-from rankwise.spec_checks import METHOD_FIELDS, check_together, checked
+from rankwise.spec_checks import METHOD_FIELDS, check_names, check_together, checked
 from rankwise.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -93,9 +92,7 @@ class LoRA:
 
     def __new__(cls, *args: Any, **values: Any) -> "LoRA":
         """Refuse what is no field, with the name that it has here where another library calls it so."""
-        for name in values.keys() - cls.__dataclass_fields__.keys():
-            told = hint(name, ADAPTER) or nearest(name, cls.__dataclass_fields__)
-            raise SpecError(f"LoRA has no field {name!r}{told}")
+        check_names(values, cls.__dataclass_fields__)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

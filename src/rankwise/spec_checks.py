@@ -1,13 +1,14 @@
 """What the fields of a spec may hold, one by one and together. Nothing here needs torch."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from rankwise.errors import SpecError, TargetError
 from rankwise.inits import INITS
 from rankwise.methods import nearest, row
+from rankwise.other_names import ADAPTER, hint
 from rankwise.patterns import check_expressions
 from rankwise.scaling import SCALINGS
 from rankwise.variants import VARIANTS
@@ -25,6 +26,17 @@ def checked(name: str, value: Any) -> Any:
         SpecError: it is out of range, unknown, or of the wrong type.
     """
     return _CHECKS[name](name, value)
+
+
+def check_names(names: Iterable[str], fields: Collection[str]) -> None:
+    """Refuse what is no field of :class:`LoRA`, with the name that it has here where another library calls it so.
+
+    Raises:
+        SpecError: as it says.
+    """
+    for name in names:
+        if name not in fields:
+            raise SpecError(f"LoRA has no field {name!r}{hint(name, ADAPTER) or nearest(name, fields)}")
 
 
 def _is_number(value: object) -> bool:
