@@ -457,6 +457,37 @@ def engines() -> str:
     )
 
 
+def serving() -> str:
+    found = result("serving")
+    faults = found["faults"]
+    refused = sum(faults[kind] for kind in ("malformed", "oversized", "unknown", "broken"))
+    first, whole = found["seconds_to_first_token"], found["seconds_to_last_token"]
+    memory = {time: facts["resident"] / 2**20 for time, facts in found["memory"].items()}
+    machine = found["machine"]
+    load = machine["load_average"]
+    return table(
+        [
+            "SmolLM2-135M, fp32, one thread of the server's own",
+            f"{found['streams']} streams, {found['adapters']} adapters",
+        ],
+        [
+            ["how long", f"{found['seconds'] / 60:.1f} minutes, on {machine['cores']} cores with a load of {load:.0f}"],
+            ["answers, of these other than offline", f"{found['answers']}, {len(found['wrong'])}"],
+            ["distinct answers of the 20 adapters offline", str(found["distinct_answers"])],
+            ["tokens a second", f"{found['tokens_per_second']}"],
+            ["seconds to the first token, p50 / p99", f"{first['p50']:.1f} / {first['p99']:.1f}"],
+            ["seconds to the last of 12, p50 / p99", f"{whole['p50']:.1f} / {whole['p99']:.1f}"],
+            ["adapters loaded, asked and unloaded meanwhile", str(faults["churned"])],
+            [
+                "malformed, oversized, unknown, broken: refused by name",
+                f"{refused}, otherwise {len(found['unexpected'])}",
+            ],
+            ["clients that vanished; rows left", f"{faults['vanished']}; {sum(found['rows_left'].values()):.0f}"],
+            ["the process's memory, before / after", f"{memory['before']:.0f} / {memory['after']:.0f} MiB"],
+        ],
+    )
+
+
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"methods": methods, "outcome": outcome, "beyond": beyond},
     "docs/measured.md": {"measured": measured},
@@ -475,6 +506,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
     "docs/export.md": {"rules": rules, "engines": engines},
+    "docs/serving.md": {"serving": serving},
     "docs/methods.md": {
         "first-step": first_step,
         "evidence": evidence,

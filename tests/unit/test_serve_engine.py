@@ -166,11 +166,26 @@ def test_logprobs_are_the_model_s(engine, folder):
 def test_who_vanishes_frees_the_row(endless):
     asked = [ask(endless, [5, 6], f"a{number % 3}", max_tokens=60) for number in range(12)]
     assert until(lambda: len(endless.running) == OPTIONS.max_batch and endless.waiting)
+    for one in asked[OPTIONS.max_batch :]:
+        one.generation.cancelled = True
+    assert until(lambda: not endless.waiting), "a place in the queue is free although the batch is full"
     for one in asked:
         one.generation.cancelled = True
     assert until(lambda: is_idle(endless))
     assert endless._batch is None
     assert ask(endless, [5, 6]).tokens(), "others are answered as before"
+
+
+def test_a_row_that_cannot_go_on_fails_alone(endless, monkeypatch):
+    def broken(*_):
+        raise OverflowError("no such token")
+
+    others = ask(endless, [5, 6], "a0", max_tokens=30)
+    monkeypatch.setattr("rankwise.serve.engine.draw", broken)
+    with pytest.raises(AnswerFailed, match="no such token"):
+        ask(endless, [5, 6], "a0", temperature=1.0).tokens()
+    assert len(others.tokens()) == 30
+    assert until(lambda: is_idle(endless))
 
 
 def test_too_many_are_refused_at_once(engine):

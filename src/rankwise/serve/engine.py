@@ -196,7 +196,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._next_turn():
-                self._leave(lambda row: row.generation.cancelled, "cancelled")
+                self._forget_cancelled()
                 self._admit()
                 self._advance()
         finally:  # nobody is left waiting, whatever it ended by
@@ -250,8 +250,8 @@ class Engine:
             try:
                 if head.adapter is not None and not self.store.acquire(head.adapter):
                     break
-            except RankwiseError as error:
-                head.deliver(error)
+            except Exception as error:  # noqa: BLE001 (of files that anybody may have changed; the others go on)
+                head.deliver(_told(error))
                 self.meter.ended(head, "error", 0)
             else:
                 admitted.append(head)
@@ -260,12 +260,16 @@ class Engine:
         return admitted
 
     def _head(self) -> Generation | None:
-        """The first in the queue, without those that nobody waits for."""
+        with self._changed:
+            return self._waiting[0] if self._waiting else None
+
+    def _forget_cancelled(self) -> None:
+        """Let go of what nobody waits for."""
+        self._leave(lambda row: row.generation.cancelled, "cancelled")
         with self._changed:
             for generation in [generation for generation in self._waiting if generation.cancelled]:
                 self._waiting.remove(generation)
                 self.meter.ended(generation, "cancelled", 0)
-            return self._waiting[0] if self._waiting else None
 
     def _advance(self) -> None:
         """One more token for every row."""
@@ -283,23 +287,27 @@ class Engine:
         """Choose each row's next token, hand it out, and let go of those that have ended."""
         likeliest, sound = logits.argmax(-1).tolist(), logits.amax(-1).isfinite().tolist()
         for row, own, token, finite in zip(rows, logits, likeliest, sound, strict=True):
-            if finite:
+            try:
+                if not finite:
+                    raise ArithmeticError("its logits are not finite, as of an adapter that diverged")
                 piece = row.advance(own, token, self._ends)
-                if row.count == 1:
-                    self.meter.first_token(row.generation, time.monotonic() - row.generation.asked)
-                row.generation.deliver(piece)
-            else:
-                self._fail([row], ArithmeticError("its logits are not finite, as of an adapter that diverged"))
+            except Exception as error:  # noqa: BLE001 (this row's, of any kind; the others go on)
+                self._fail([row], error)
+                continue
+            if row.count == 1:
+                self.meter.first_token(row.generation, time.monotonic() - row.generation.asked)
+            row.generation.deliver(piece)
         self._leave(lambda row: row.outcome is not None, "")
 
     def _leave(self, leaves: Callable[[_Row], bool], outcome: str) -> None:
         """Take rows out of the batch."""
-        stay = [index for index, row in enumerate(self._rows) if not leaves(row)]
-        if len(stay) == len(self._rows):
+        leaving = [leaves(row) for row in self._rows]  # once: another thread may cancel meanwhile
+        if not any(leaving):
             return
-        for row in self._rows:
-            if leaves(row) and row.outcome != "error":
+        for row, leave in zip(self._rows, leaving, strict=True):
+            if leave and row.outcome != "error":
                 self._let_go(row, row.outcome or outcome)
+        stay = [index for index, leave in enumerate(leaving) if not leave]
         self._batch = kept(self._batch, stay) if stay and self._batch is not None else None
         self._rows = [self._rows[index] for index in stay]
 
@@ -308,10 +316,17 @@ class Engine:
         log.error("%d answers failed", len(rows), exc_info=error)
         for row in rows:
             row.outcome = "error"
-            row.generation.deliver(AnswerFailed(f"the model could not go on: {type(error).__name__}: {error}"))
+            row.generation.deliver(_told(error))
             self._let_go(row, "error")
 
     def _let_go(self, row: _Row, outcome: str) -> None:
         if row.generation.adapter is not None:
             self.store.release(row.generation.adapter)
         self.meter.ended(row.generation, outcome, row.count)
+
+
+def _told(error: Exception) -> RankwiseError:
+    """An error as it is told to whom it concerns."""
+    if isinstance(error, RankwiseError):
+        return error
+    return AnswerFailed(f"the model could not go on: {type(error).__name__}: {error}")

@@ -67,7 +67,9 @@ class _State(Collector):
         running, waiting = self._engine.running, self._engine.waiting
         yield _gauge("rankwise_requests_running", "Answers under way", self._tally(running))
         yield _gauge("rankwise_requests_waiting", "Requests that wait for a row", self._tally(waiting))
-        sizes = Tally({adapter.name: adapter.size for adapter in self._engine.store.loaded})
+        sizes: Tally[str] = Tally()
+        for adapter in self._engine.store.loaded:  # two of one name, where one was unloaded and answers still
+            sizes[adapter.name] += adapter.size
         yield _gauge("rankwise_adapter_loaded_bytes", "Memory of the adapters that are loaded", sizes)
 
     def _tally(self, generations: list[Generation]) -> Tally[str]:
