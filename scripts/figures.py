@@ -450,6 +450,8 @@ def engines() -> str:
         for name, exports in found["adapters"].items()
         for engine, row in exports.items()
     ]
+    exported = [row for exports in found["adapters"].values() for row in exports.values()]
+    assert all(row.get("greedy text the same", True) for row in exported)  # as the text below says
     head = ["adapter", "engine", "what was written", "largest difference from ours", "the adapter moves them by"]
     return (
         "SmolLM2-135M in fp32, logits of a prompt's tokens; of llama.cpp, log-probabilities of the next token, and its "

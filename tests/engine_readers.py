@@ -43,7 +43,9 @@ def mlx_logits(base: Path, adapter: Path | None, ids: list[int]) -> Tensor:
 
     rope = json.loads((base / "config.json").read_text()).get("rope_parameters", {})
     # mlx-lm's llama does not read transformers 5's rope_parameters.
-    model, _ = load_model(base, model_config={key: rope[key] for key in ("rope_theta",) if key in rope})
+    model, _ = load_model(
+        base, model_config={key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    )
     if adapter is not None:
         model = load_adapters(model, str(adapter))
     logits = model.eval()(mx.array([ids]))[0].astype(mx.float32)

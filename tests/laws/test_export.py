@@ -65,6 +65,7 @@ def test_every_init_and_variant(init: str, variant: str, tmp_path: Path) -> None
     check_same(tmp_path / "adapter", tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_every_layer_as_peft_computes_it(variant: str, scaling: str, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def state_rope_theta(folder: Path) -> None:
     path = folder / "config.json"
     config = read_json(path)
     rope = config.get("rope_parameters") or {}
-    stated = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    stated = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     if rope.get("rope_type", "default") != "default":
         stated["rope_scaling"] = rope
     path.write_bytes(json_bytes({**stated, **config}))
