@@ -15,7 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, T5Config, T5ForConditi
 
 import rankwise as rw
 from rankwise.errors import AttachError, BaseMismatch, MissingTensor, SpecError, TargetError, UnsupportedAdapter
-from rankwise.inspection import inspect
+from rankwise.inspection.inspection import inspect
 
 pytestmark = [pytest.mark.filterwarnings(said) for said in SAID]
 
