@@ -102,3 +102,8 @@ def test_every_method_has_its_section() -> None:
     scales = text[text.index("## Scales") : text.index("## Starts")]
     missing = [name for entries in tables for name in entries if f"`{name}`" not in headings + scales]
     assert not missing
+
+
+def test_many_adapters_example() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "many_adapters.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/many_adapters.md", "exec"), {})
