@@ -57,6 +57,7 @@ def judged_with(prepared: Prepared, adapter: Adapter) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         rw.write(adapter, directory)
         rw.load(prepared.model, directory, trainable=False)
+    prepared.trainer.state.global_step = 1  # before the first step it evaluates the pretrained model
     losses = judged(prepared, "test")
     rw.detach(prepared.model)
     return losses

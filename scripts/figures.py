@@ -363,6 +363,22 @@ def combine() -> str:
     )
 
 
+def quantised() -> str:
+    """Divergences and losses by storage and way."""
+    found = result("quantised_bytes")
+    ways = list(next(iter(found["storages"].values())))
+    rows = [
+        [f"`{kind}`", *(f"{rows[way]['KL']:.5f} ({rows[way]['loss']:.3f})" for way in ways)]
+        for kind, rows in found["storages"].items()
+    ]
+    return (
+        f"LoRA on the byte model: KL from the adapted model, nats a byte, and in brackets the held-out loss (adapted "
+        f"{found['adapted']:.3f}, base {found['base']:.3f}). `apart`: the adapter beside a rounded base; `naive`: "
+        "added to it and rounded again; `folded`: added to the full-precision base and rounded by the reader:\n\n"
+        + table(["storage", *ways], rows)
+    )
+
+
 def ordinary() -> str:
     found = result("ordinary_adapters")
     count, alarms, fit = len(found["adapters"]), found["false alarms"], found["fit"]
@@ -503,7 +519,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "intrinsic": intrinsic,
         "analyze": analyze,
     },
-    "docs/adapters.md": {"combine": combine, "ordinary": ordinary},
+    "docs/adapters.md": {"combine": combine, "quantised": quantised, "ordinary": ordinary},
     "docs/coming_from.md": {"other-names": other_names},
     "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
