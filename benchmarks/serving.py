@@ -4,8 +4,8 @@
 
 SmolLM2-135M in fp32 with 16 adapters of rank 8 on all linear layers (random weights; `distinct_answers` of the 20
 offline answers differ), served by `rankwise serve` in a process of its own. Each stream asks one of the adapters to go
-on with a text, again and again, greedily, and compares the answer with what transformers' `generate` said offline, of that
-prompt alone, with that adapter alone. Meanwhile four other adapters are loaded, asked, compared and unloaded; and every
+on with a text, again and again, greedily, and compares the answer with what transformers' `generate` said offline, of
+that prompt alone, with that adapter alone. Meanwhile four other adapters are loaded, asked, compared and unloaded; and every
 few seconds there comes a malformed request, an oversized prompt, an unknown model, a broken adapter, and a client that
 vanishes. In the end no row may be left, and the memory of adapters must be what it was.
 
