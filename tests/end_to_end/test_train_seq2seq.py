@@ -160,7 +160,7 @@ def test_what_is_absent_is_named_with_what_to_fetch(tmp_path):
     assert without.exit_code == 2
     assert "hf download meta-llama/Llama-2-7b-hf" in " ".join(without.output.split())
     with pytest.raises(
-        DataError, match=r"glue-cola: expected the data set nyu-mll/glue .* load_dataset\('nyu-mll/glue', 'cola'\)"
+        DataError, match=r"glue-cola: expected the data set nyu-mll/glue .*load_dataset\('nyu-mll/glue', 'cola'\)"
     ):
         read_records("glue-cola")
 
