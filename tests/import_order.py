@@ -46,7 +46,10 @@ LEVEL: dict[str, float] = {module: level for level, modules in enumerate(LAYERS)
 # `rankwise/public.py` gathers the core, so it stands between the core and what is built on it.
 LEVEL["public"], LEVEL["__init__"] = LEVEL["report"] - 0.6, LEVEL["report"] - 0.5
 # The same inside `train`, by its rooms.
-TRAIN_ROOMS = ("yaml_text", "recipe", "data", "model", "trainer", "tasks", "learning_rate", "run")
+TRAIN_ROOMS = (
+    *("yaml_text", "shipped", "section", "task_fields", "recipe"),
+    *("data", "model", "trainer", "tasks", "learning_rate", "run"),
+)
 
 # What an adapter is made of: it is to stay small enough to be read in an afternoon.
 HEART = ("algebra.low_rank", "layers", "sites", "spec", "planning", "inits", "variants", "adapted", "pair", "attaching")

@@ -68,7 +68,7 @@ def test_a_step_leaves_everything_as_it_was(make):
     model, before = prepared.model, torch.get_rng_state()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.eval()
-    try_step(model, prepared.batches[0])
+    try_step(model, prepared.batches[0], prepared.trainer.batch_loss)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -77,12 +77,12 @@ def test_a_step_leaves_everything_as_it_was(make):
 
 def test_its_figures_are_those_of_the_step(make):
     prepared = run.prepare(run.load(make(), SILENT), SILENT)
-    model, batch = prepared.model, prepared.batches[0]
-    found = try_step(model, batch)
+    model, batch, loss = prepared.model, prepared.batches[0], prepared.trainer.batch_loss
+    found = try_step(model, batch, loss)
     assert found.loss == pytest.approx(float(model(**batch).loss.detach()), rel=1e-6)
     assert found.weights == sum(p.numel() * p.element_size() for p in model.parameters())
     assert found.training == 3 * 4 * sum(p.numel() for p in rw.trainable_parameters(model))
-    twice = try_step(model, {key: torch.cat([value, value]) for key, value in batch.items()})
+    twice = try_step(model, {key: torch.cat([value, value]) for key, value in batch.items()}, loss)
     assert twice.activations == pytest.approx(2 * found.activations, rel=0.05)
     assert found.idle == []
 

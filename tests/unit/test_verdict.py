@@ -27,8 +27,8 @@ def logged(*losses):
     return [{"step": 10 * i, "eval_loss": loss} for i, loss in enumerate(losses)]
 
 
-def said(history=(), **changes):
-    return verdict(RECIPE, METRICS | changes, history or logged(1.8589, 1.3223), 7)
+def said(history=(), figures=None, **changes):
+    return verdict(RECIPE, METRICS | changes, figures or {}, history or logged(1.8589, 1.3223), 7)
 
 
 def test_what_was_trained_whether_it_helped_and_at_what_cost():
@@ -58,7 +58,8 @@ def test_nothing_is_claimed_without_held_out_samples():
 
 
 def test_accuracy():
-    assert ", and the accuracy went from 50.0% to 81.3%." in said(accuracy_before=0.5, accuracy_after=0.813)[1]
+    assert "; accuracy: from 50.0% to 81.3%." in said(figures={"accuracy": ("50.0%", "81.3%")})[1]
+    assert "; reward margin: 0.3." in said(figures={"reward margin": ("", "0.3")})[1]
 
 
 def test_an_earlier_run(tmp_path):

@@ -10,19 +10,27 @@ import typer
 from rankwise.cli.app import Ray, RecipeFile, path_of, place, terminal, uncollected
 from rankwise.cli.flags import recipe_flags
 from rankwise.train import recipe as recipes
+from rankwise.train import shipped
 
 
 @recipe_flags
-def train(recipe: RecipeFile = None, *, overrides: dict[str, Any]) -> None:
+def train(
+    recipe: RecipeFile = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Two steps on a tiny model and data that ship, to see it go through.")
+    ] = False,
+    *,
+    overrides: dict[str, Any],
+) -> None:
     """Fine-tune a model as the recipe says."""
-    wanted = recipes.load(recipe, overrides)
+    wanted = recipes.load(recipe, {**(shipped.smoke(recipe) if smoke else {}), **overrides})
     with uncollected():
         from rankwise.train.run import run
         from rankwise.train.run.tables import summary
 
     console = terminal()
     result = run.train(wanted, console)
-    console.print(summary(result.metrics, result.adapter, result.page))
+    console.print(summary(result.metrics, run.task_of(wanted).figures(result.metrics), result.adapter, result.page))
 
 
 @recipe_flags

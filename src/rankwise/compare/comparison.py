@@ -172,7 +172,7 @@ def _versions() -> dict[str, str]:
 
 def _page(comparison: Comparison) -> str:
     recipe, first = comparison.recipe, comparison.rows[0].arm
-    unit = run.TASKS[recipe.task].loss_unit
+    unit = run.task_of(recipe).loss_unit
     return page(
         "Methods, each at its best rate",
         headline={

@@ -43,7 +43,7 @@ class Request:
     @property
     def unit(self) -> str:
         """Of the losses."""
-        return run.TASKS[self.recipe.task].loss_unit
+        return run.task_of(self.recipe).loss_unit
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Study:
 def _weight_types(request: Request) -> Outcome:
     # The budget is shared out over all linear layers' kinds, whatever the recipe targets.
     everything = request.recipe.model_copy(update={"target_modules": "all-linear"})
-    sites: Sequence[Site] = run.TASKS[everything.task].load(everything).sites
+    sites: Sequence[Site] = run.task_of(everything).load(everything).sites
     arms = weight_types(request.recipe, sites, request.runs, request.seeds)
     title = "One budget of parameters, spent on different matrices"
     panels = [

@@ -121,6 +121,7 @@ class Course:
 
     def _compute(self, batch: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
         """The loss and gradients of a batch, the part of the trunk together with other arms'."""
+        batch = self.prepared.trainer._prepare_inputs(batch)
         hidden: Tensor | None = _ask(Forward(batch))
         if hidden is None:
             return compute()

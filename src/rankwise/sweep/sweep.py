@@ -60,7 +60,7 @@ def run_sweep(
             Training(run.load(recipe, console), arms, data, console).train(PRUNERS[prune], rows)
         else:
             train_remotely(ray, recipe, arms, rows, console)
-    return outcome_of(recipe, arms, prune, run.TASKS[recipe.task].loss_unit)
+    return outcome_of(recipe, arms, prune, run.task_of(recipe).loss_unit)
 
 
 def _check(recipe: Recipe, arms: Sequence[Arm]) -> None:

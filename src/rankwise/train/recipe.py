@@ -17,42 +17,34 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import Field, ValidationError, create_model, field_validator
 
 from rankwise.errors import RecipeError, SpecError
-from rankwise.files import expand_user, is_text
 from rankwise.methods import row
 from rankwise.optim import OPTIMIZERS
 from rankwise.other_names import RUN, hint
 from rankwise.spec import LoRA, plain_fields
 from rankwise.spec_checks import METHOD_FIELDS, checked
+from rankwise.train.section import Method, Positive, Rate, Section, Share, UserPath
+from rankwise.train.shipped import located
+from rankwise.train.task_fields import AnswerFields, GroupFields, PreferenceFields, misplaced
 from rankwise.train.yaml_text import parse_yaml, read_yaml
 
-# A method is a name from its table, or that name and its options: {name: lora-ga, gamma: 16}.
-Method = str | dict[str, Any]
-
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Rate = Annotated[float, Field(gt=0)]
-
-
-UserPath = Annotated[str, AfterValidator(expand_user)]  # a path, or a name that stands for something built in
-
-
-class _Section(BaseModel):
-    """A group of fields. Strict: a wrong type is an error, never a guess."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _text(cls, value: Any) -> Any:
-        if not is_text(value):
-            raise ValueError("text in UTF-8 without zero bytes")
-        return value
+DataFormat = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "prompt-completion",
+    "text",
+    "alpaca",
+    "classification",
+    "preference",
+    "unpaired-preference",
+    "prompt",
+]
 
 
-class ModelFields(_Section):
+class ModelFields(Section):
     """Model"""
 
     model: UserPath = Field(
@@ -70,18 +62,18 @@ class ModelFields(_Section):
     def _short(cls, value: Any) -> Any:
         return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(value, value)
 
-    task: Literal["causal-lm", "classification"] = Field("causal-lm", description="What the model is trained for.")
+    task: Literal["causal-lm", "classification", "preference", "seq2seq", "grpo"] = Field(
+        "causal-lm", description="What the model is trained for."
+    )
 
 
-class DataFields(_Section):
+class DataFields(Section):
     """Data"""
 
     data: UserPath | list[UserPath] = Field(
-        description="Training data: a file or several (JSON, CSV, parquet ...), or kjv, movie-reviews (built in)."
+        description="Training data: a file or several (JSON, CSV, parquet ...), or built in: kjv, kjv-pairs ..."
     )
-    data_format: Literal["auto", "messages", "sharegpt", "prompt-completion", "text", "alpaca", "classification"] = (
-        Field("auto", description="Shape of the samples; auto reads it off the column names.")
-    )
+    data_format: DataFormat = Field("auto", description="Shape of the samples; auto reads it off the column names.")
     trained_turns: Literal["all", "last"] = Field(
         "all", description="Which of the assistant's messages in a conversation are learnt: all, or the last."
     )
@@ -109,7 +101,7 @@ def _recipe_type(name: str, annotation: Any) -> Any:
 
 if TYPE_CHECKING:
 
-    class AdapterFields(_Section):
+    class AdapterFields(Section):
         """What a run itself reads of the adapter."""
 
         rank: int
@@ -123,7 +115,7 @@ if TYPE_CHECKING:
 else:
     AdapterFields = create_model(
         "AdapterFields",
-        __base__=_Section,
+        __base__=Section,
         __doc__="Adapter",
         **{
             field.name: (
@@ -135,7 +127,7 @@ else:
     )
 
 
-class StartFields(_Section):
+class StartFields(Section):
     """Initialisation"""
 
     init_batches: Positive = Field(
@@ -152,7 +144,7 @@ class StartFields(_Section):
     )
 
 
-class ReshapingFields(_Section):
+class ReshapingFields(Section):
     """Ranks over a run"""
 
     restart_every: Positive | None = Field(
@@ -170,7 +162,7 @@ class ReshapingFields(_Section):
     )
 
 
-class AnalysisFields(_Section):
+class AnalysisFields(Section):
     """Analysis"""
 
     alignment_steps: Positive | None = Field(
@@ -181,7 +173,7 @@ class AnalysisFields(_Section):
     )
 
 
-class OptimizerFields(_Section):
+class OptimizerFields(Section):
     """Optimizer"""
 
     optimizer: Method = Field(
@@ -196,7 +188,7 @@ def _own_learning_rate(fields: Mapping[str, Any]) -> float:
     return OPTIMIZERS[name if isinstance(name, str) and name in OPTIMIZERS else "adamw"].learning_rate
 
 
-class TrainingFields(_Section):
+class TrainingFields(Section):
     """Training"""
 
     output_dir: UserPath = Field("rankwise-run", description="Directory of the run: checkpoints, adapter, report.")
@@ -235,9 +227,12 @@ class TrainingFields(_Section):
     dataloader_num_workers: int = Field(0, ge=0, description="Processes that load data.")
 
 
-SECTIONS: tuple[type[_Section], ...] = (
+SECTIONS: tuple[type[Section], ...] = (
     ModelFields,
     DataFields,
+    PreferenceFields,
+    GroupFields,
+    AnswerFields,
     AdapterFields,
     StartFields,
     OptimizerFields,
@@ -254,6 +249,9 @@ class Recipe(
     OptimizerFields,
     StartFields,
     AdapterFields,
+    AnswerFields,
+    GroupFields,
+    PreferenceFields,
     DataFields,
     ModelFields,
 ):
@@ -293,15 +291,15 @@ class Recipe(
         """Whether the pairs have other shapes at the run's end than at its start."""
         return self.restart_every is not None or self.ship_rank is not None
 
-    def section(self, fields: type[_Section]) -> dict[str, Any]:
+    def section(self, fields: type[Section]) -> dict[str, Any]:
         """The values of one section, as plain data."""
         return {name: getattr(self, name) for name in fields.model_fields}
 
 
 def load(path: Path | None, flags: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe file, if there is one; the command line's flags win over it."""
+    """Read a recipe's file, or one that comes with rankwise, if there is one; the command line's flags win over it."""
     flags = flags or {}
-    values = {} if path is None else read_yaml(path, _SHORTEST)
+    values = {} if path is None else read_yaml(located(path), _SHORTEST)
     recipe = parse({**values, **flags}, dict.fromkeys(flags, "command line"), str(path or "command line"))
     for name, (beside, is_there) in _READ_BESIDE.items():
         if name in recipe.model_fields_set and not is_there(recipe):
@@ -333,13 +331,15 @@ def parse(values: Mapping[str, Any], sources: Mapping[str, str] | None = None, s
 
 
 def _out_of_range(recipe: Recipe, sources: Mapping[str, str], source: str) -> Iterator[str]:
-    """What the adapter's spec and the tables of methods would refuse."""
+    """What the adapter's spec, the tables of methods and the task would refuse."""
     checks = dict.fromkeys(AdapterFields.model_fields, checked) | {"optimizer": _check_optimizer}
     for name, check in checks.items():
         try:
             check(name, getattr(recipe, name))
         except SpecError as error:
             yield f"{sources.get(name, source)}: {error}"
+    for name, problem in misplaced(recipe.__dict__):
+        yield f"{sources.get(name, source)}: `{name}`: {problem}."
 
 
 def _check_optimizer(name: str, value: Method) -> None:

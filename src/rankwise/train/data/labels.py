@@ -27,6 +27,6 @@ def read_labels(adapter: Path) -> list[str] | None:
     if not path.is_file():
         return None
     labels = as_json(str(path), read_limited(path))
-    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise BrokenFile(f"{path}: expected a list of two labels at least, found {labels!r}.")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise BrokenFile(f"{path}: expected a list of labels, found {labels!r}.")
     return labels

@@ -24,13 +24,14 @@ _ROLES = {  # of ShareGPT, and of OpenAI before there were tools
 
 
 def conversation(
-    record: dict[str, Any], messages: Any, where: str, place: str, completion: Any = None
+    record: dict[str, Any], messages: Any, where: str, place: str, completion: Any = None, *, asks: bool = False
 ) -> dict[str, Any]:
     """A record's conversation, with what its chat template is given beside it.
 
     Args:
         messages: all of it, or the prompt that ``completion`` completes.
         where: the field that they stand in, for errors.
+        asks: it is a prompt alone, of which nothing is learnt.
     """
     chat = _chat(messages, where)
     if system := text_of(record.get("system") or "", f"{place}: system"):
@@ -43,7 +44,7 @@ def conversation(
     if completion is not None:
         given = len(chat)
         chat += _chat(completion, f"{place}: completion")
-    if all(message["role"] != "assistant" for message in chat[given or 0 :]):
+    if not asks and all(message["role"] != "assistant" for message in chat[given or 0 :]):
         raise DataError(f"{where}: expected at least one message of the assistant to learn from, found none.")
     tools = record.get("tools") or [{"type": "function", "function": each} for each in record.get("functions") or ()]
     return {

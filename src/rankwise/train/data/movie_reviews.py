@@ -2,6 +2,9 @@
 
 8,530 sentences that Pang and Lee (2005) took from Rotten Tomatoes, as many of either kind. About one in eight is held
 out, chosen by a hash of its text: the same ones everywhere, and a sentence that occurs twice is on one side only.
+
+`movie-reviews-text` are the same as prompts whose answer is the label, worded as LoRA-GA's experiments word SST-2
+(https://github.com/Outsider565/LoRA-GA, reproduce/data.py).
 """
 
 from __future__ import annotations
@@ -20,6 +23,14 @@ _LABELS = {"0": "negative", "1": "positive"}
 def movie_review_records(*, held_out: bool) -> list[dict[str, str]]:
     """The sentences to train on, or those held out, as text and label."""
     return [record for record in _sentences() if is_held_out(record["text"]) == held_out]
+
+
+def movie_review_texts(*, held_out: bool) -> list[dict[str, str]]:
+    """The same sentences as prompt and completion."""
+    return [
+        {"prompt": f"classify the sentiment of the text: {record['text']}\nresult: ", "completion": record["label"]}
+        for record in movie_review_records(held_out=held_out)
+    ]
 
 
 def is_held_out(text: str) -> bool:

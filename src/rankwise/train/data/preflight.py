@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -21,12 +21,26 @@ if TYPE_CHECKING:
 
 
 def check_form(data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The samples must be of a form with text to learn, and the tokenizer one that can say where it ends."""
-    if data.format == "classification":
+    """The samples must be of a form with text to learn, and the tokenizer fit for it."""
+    if data.format in _OTHER_TASKS:
+        fields, task = _OTHER_TASKS[data.format]
         raise DataError(
-            "the data has the classification form (fields text, label), the recipe's task is causal-lm: expected text, "
-            "prompt/completion or messages. Set task: classification, or bring the samples into one of these."
+            f"the data has the {data.format} form (fields {fields}), the recipe's task is causal-lm: expected text, "
+            f"prompt/completion or messages. Set task: {task}, or bring the samples into one of these."
         )
+    check_tokenizer(tokenizer)
+
+
+_OTHER_TASKS = {
+    "classification": ("text, label", "classification"),
+    "preference": ("chosen, rejected", "preference"),
+    "prompt": ("prompt", "grpo"),
+    "unpaired-preference": ("prompt, completion, label", "preference"),
+}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer must be one that can say where an answer ends, and which characters a token stands for."""
     if tokenizer.eos_token_id is None:
         raise DataError(
             "the tokenizer: expected an eos_token, with which answers and texts end, found none: the model would never "
@@ -61,8 +75,19 @@ def check_labels(
     raise NoTrainableTokens(f"{share} have every label masked: expected tokens to train on, found none. {cause}")
 
 
-def check_fits(prepared: Dataset, what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def numbered(prepared: Dataset, column: str = "input_ids") -> Iterator[tuple[int, list[int]]]:
+    """The number of each sample, as it stands in the data, with its tokens."""
+    numbers = prepared[ROW] if ROW in prepared.column_names else range(1, len(prepared) + 1)
+    return zip(numbers, prepared[column], strict=True)
+
+
+def check_fits(
+    samples: Iterable[tuple[int, list[int]]], what: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """The model must have a row for each token, the one that pads too, and a place for it.
+
+    Args:
+        samples: the number of each, and its tokens.
 
     Raises:
         DataError: names the first sample that does not fit.
@@ -73,8 +98,7 @@ def check_fits(prepared: Dataset, what: str, model: PreTrainedModel, tokenizer: 
             f"the tokenizer: expected a pad_token with a row in the model's embedding ({rows} rows), found "
             f"{tokenizer.pad_token!r}, number {pad}. Choose one that the model has."
         )
-    numbers = prepared[ROW] if ROW in prepared.column_names else range(1, len(prepared) + 1)
-    for number, ids in zip(numbers, prepared["input_ids"], strict=True):
+    for number, ids in samples:
         if (largest := max(ids, default=0)) >= rows:
             raise DataError(
                 f"{what} sample {number}: expected tokens with a row in the model's embedding ({rows} rows), found "

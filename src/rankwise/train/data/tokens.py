@@ -33,7 +33,7 @@ def tokenised(samples: Dataset, tokenizer: PreTrainedTokenizerBase, turns: str =
     Raises:
         DataError: a conversation that the chat template cannot render whole, or whose answers cannot be told.
     """
-    encode = _encoder(samples.column_names, tokenizer, turns)
+    encode = encoder(samples.column_names, tokenizer, turns)
 
     def numbered(row: Mapping[str, Any], index: int) -> dict[str, Any]:
         ids, labels = encode(row)
@@ -55,9 +55,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str,
     return text, _ids(tokenizer, text)
 
 
-def _encoder(
-    columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, turns: str
+def text_for(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """A prompt as a text that the tokenizer, by itself, makes the tokens of :func:`prompt_ids` of."""
+    text, ids = prompt_ids(tokenizer, prompt)
+    before = _before(tokenizer)
+    return text.removeprefix(str(tokenizer.decode(before))) if before and ids[: len(before)] == before else text
+
+
+def encoder(
+    columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, turns: str = "all"
 ) -> Callable[[Mapping[str, Any]], tuple[list[int], list[int]]]:
+    """What makes token ids and labels of a sample with these columns."""
     if "messages" in columns:
         template = ChatTemplate(tokenizer)
         return lambda row: labelled(tokenizer, *answers(template, Conversation.of(row), turns))

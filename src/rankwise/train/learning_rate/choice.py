@@ -171,8 +171,7 @@ def _probe(trainer: AdapterTrainer, steps: int, run_steps: int) -> Probe:
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         with trainer.accelerator.autocast():
-            value: Tensor = model(**batch).loss
-        return value
+            return trainer.batch_loss(model, batch)
 
     parts = _parts(batches, steps, accumulated)
     return Probe(model, *parts, loss, trainer.optimizer_at, before_step, args.max_grad_norm)

@@ -38,6 +38,8 @@ def before_and_after(
         DataError: no prompt, one that the chat template refuses, or one that leaves the model no room to answer.
     """
     text, ids = prompt_ids(tokenizer, prompt)
+    if model.config.is_encoder_decoder:
+        ids = tokenizer(text)["input_ids"]  # with the end token that encoders are used to
     if not text:
         raise DataError("prompt: expected some text to continue, found none")
     positions = learned_positions(model)
@@ -75,6 +77,11 @@ def refuse_classifier(adapter: Path) -> None:
         )
 
 
+def _length(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """How much is written, in the words that a model's own configuration has for it."""
+    return {"max_length": count + 1} if model.config.is_encoder_decoder else {"max_new_tokens": count}
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], max_new_tokens: int = 64
@@ -87,12 +94,12 @@ def generate(
         output = model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
+            **_length(model, max_new_tokens),
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
     finally:
         model.train(training)
-    answer = output[0, len(ids) :]
+    answer = output[0] if model.config.is_encoder_decoder else output[0, len(ids) :]
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()

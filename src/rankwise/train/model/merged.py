@@ -97,6 +97,8 @@ def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tenso
     training = model.training
     longest = min(64, getattr(model.config, "max_position_embeddings", 64))
     inputs = tokenizer(_PROBE, return_tensors="pt", truncation=True, max_length=longest).to(model.device)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     logits: Tensor = model.eval()(**inputs).logits.float()
     model.train(training)
     return logits

@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -30,10 +34,12 @@ from transformers.utils import logging as transformers_logging
 from rankwise.errors import PretrainedError
 from rankwise.methods import nearest
 from rankwise.train.model.base_files import check_base
+from rankwise.train.model.tiny import save_tiny_llama, save_tiny_t5
 
 TASKS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
     "classification": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }
 
 
@@ -55,7 +61,7 @@ def load_pretrained(
     name_or_path: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
-    task: str = "causal-lm",
+    task: str | None = None,
     quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
@@ -64,7 +70,7 @@ def load_pretrained(
         name_or_path: a name from `BUILT_IN`, a directory, or a hub name (from the hub's cache when
             `HF_HUB_OFFLINE=1`).
         dtype: `"auto"` keeps the stored precision; else `"float32"`, `"bfloat16"`, `torch.float16` ...
-        task: a name from `TASKS`.
+        task: a name from `TASKS`; None: `"seq2seq"` of an encoder with a decoder, `"causal-lm"` of any other model.
         quantization: a name from `QUANTIZATIONS`.
 
     Only safetensors are read, never pickle files, and no code that comes with a model is run.
@@ -72,9 +78,19 @@ def load_pretrained(
     Raises:
         PretrainedError: unknown task, package not installed, or nothing loadable under that name.
     """
+    if task is None:
+        task = _writing_task(locate(name_or_path))
     if task not in TASKS:
         raise PretrainedError(f"task: expected one of {', '.join(TASKS)}, found {task!r}{nearest(task, TASKS)}.")
     return _load(TASKS[task], name_or_path, dtype=dtype, quantization_config=QUANTIZATIONS[quantization]())
+
+
+def _writing_task(source: str | Path) -> str:
+    """What a model that writes is loaded for; what cannot be read is said on loading it."""
+    with suppress(Exception):
+        config = AutoConfig.from_pretrained(source, local_files_only=isinstance(source, Path), trust_remote_code=False)
+        return "seq2seq" if config.is_encoder_decoder else "causal-lm"
+    return "causal-lm"
 
 
 def load_classifier(
@@ -162,9 +178,17 @@ def _load(kind: Any, name_or_path: str | Path, **options: Any) -> tuple[Any, Pre
         hint = nearest(str(name_or_path), BUILT_IN)
         raise PretrainedError(
             f"{name_or_path}: expected a built-in model ({', '.join(BUILT_IN)}), a transformers directory, or a hub "
-            f"name that is reachable or cached{hint}. transformers found: {type(error).__name__}: {error}"
+            f"name that is reachable or cached{hint}. {_to_fetch(source)}transformers found: {type(error).__name__}: "
+            f"{error}"
         ) from error
     return model, tokenizer
+
+
+def _to_fetch(source: str | Path) -> str:
+    """What to do about a hub name."""
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return ""
+    return f"To have it here, run `hf download {source}` where there is a network (some ask for a licence first). "
 
 
 def locate(name_or_path: str | Path) -> str | Path:
@@ -273,4 +297,9 @@ def _minilm() -> Path:
     return Path(package.origin).with_name("model")
 
 
-BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2-135m": _smollm2, "minilm-l6": _minilm}
+BUILT_IN: dict[str, Callable[[], Path]] = {
+    "smollm2-135m": _smollm2,
+    "minilm-l6": _minilm,
+    "tiny-llama": lambda: _cached("tiny-llama-1", partial(save_tiny_llama, key_value_heads=4)),
+    "tiny-t5": lambda: _cached("tiny-t5-1", save_tiny_t5),
+}

@@ -21,17 +21,23 @@ from rankwise.train.data.dataset import Batch
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.tables import ADVISED_RANKS
 from rankwise.train.tasks.base import Loaded
+from rankwise.train.trainer.alignment_callback import Loss
 from rankwise.train.trainer.trainer import AdapterTrainer
 
 
 def first_batches(trainer: AdapterTrainer, recipe: Recipe) -> list[Batch]:
     """The first batches of the run itself, on the model's device."""
     count = recipe.init_batches * recipe.gradient_accumulation_steps
-    return list(islice(iter(trainer.get_train_dataloader()), count))
+    return [trainer.as_batch(drawn) for drawn in islice(iter(trainer.get_train_dataloader()), count)]
 
 
-def attach(loaded: Loaded, batches: Sequence[Batch], console: Console, name: str = "default") -> None:
+def attach(
+    loaded: Loaded, batches: Sequence[Batch], loss: Loss, console: Console, name: str = "default"
+) -> None:
     """Put the adapter on the model, its start computed from the batches, or read from the recipe's cache.
+
+    Args:
+        loss: (model, batch) → what is minimised.
 
     Raises:
         RecipeError: a cache, and an init that collects no gradients. EvidenceError and others: see ``rankwise.attach``.
@@ -46,11 +52,12 @@ def attach(loaded: Loaded, batches: Sequence[Batch], console: Console, name: str
     with with_bar(batches, "Computing the adapter's start", console) as watched:
         evidence = None
         if recipe.init_cache:
-            evidence = collect_gradients(loaded.model, loaded.sites.evidence, watched, cache=recipe.init_cache)
+            evidence = collect_gradients(loaded.model, loaded.sites.evidence, watched, loss, cache=recipe.init_cache)
         rw.attach(
             loaded.model,
             loaded.spec,
             batches=watched,
+            loss=loss,
             evidence=evidence,
             method=recipe.init_method,
             memory_budget=recipe.memory_budget,
@@ -59,7 +66,7 @@ def attach(loaded: Loaded, batches: Sequence[Batch], console: Console, name: str
 
 
 def advise(
-    loaded: Loaded, batches: Sequence[Batch], parameters: int | None, console: Console
+    loaded: Loaded, batches: Sequence[Batch], loss: Loss, parameters: int | None, console: Console
 ) -> tuple[dict[str, list[float]], RankAdvice]:
     """From the gradients of the batches: the share of the first step at each of ``ADVISED_RANKS``, and the best ranks.
 
@@ -81,6 +88,7 @@ def advise(
             rank=largest,
             memory_budget=loaded.recipe.memory_budget,
             cache=loaded.recipe.init_cache,
+            loss=loss,
         )
         spectra = {name: step_spectrum(gradient, largest) for name, gradient in evidence.items()}
     return {name: spectrum.shares.tolist() for name, spectrum in spectra.items()}, advise_ranks(spectra, shapes, budget)

@@ -12,6 +12,7 @@ import yaml
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.tables import squeeze_text
+from rankwise.train.tasks.base import Figures
 
 
 def save_model_card(
@@ -21,6 +22,7 @@ def save_model_card(
     title: str,
     recipe: Recipe,
     metrics: dict[str, Any],
+    figures: Figures,
     curve: Path,
     sample: Sample | None,
 ) -> Path:
@@ -35,6 +37,7 @@ def save_model_card(
         title=title,
         version=version("rankwise"),
         metrics=metrics,
+        figures=figures,
         curve=curve.name,
         adapter=adapter.as_posix(),
         sample=sample,

@@ -13,10 +13,23 @@ from rankwise.train.run.tables import plan_table
 from rankwise.train.tasks.base import Loaded, Task, spec_of
 from rankwise.train.tasks.causal_lm import CausalLM
 from rankwise.train.tasks.classification import Classification
+from rankwise.train.tasks.grpo import Grpo
+from rankwise.train.tasks.preference import preference_task
+from rankwise.train.tasks.seq2seq import Seq2Seq
 from rankwise.train.trainer.optimizer_choice import optimizer_of
 from rankwise.train.trainer.trackers import check_trackers
 
-TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
+TASKS: dict[str, Task] = {
+    "causal-lm": CausalLM(),
+    "classification": Classification(),
+    "seq2seq": Seq2Seq(),
+    "grpo": Grpo(),
+}
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The recipe's task; on preferences, the one that its loss is for."""
+    return preference_task(recipe) if recipe.task == "preference" else TASKS[recipe.task]
 
 
 def load(recipe: Recipe, console: Console) -> Loaded:
@@ -31,7 +44,7 @@ def load(recipe: Recipe, console: Console) -> Loaded:
     if recipe.beside is not None:
         earlier_run(recipe.beside)
     with busy(console, "Loading the model"):
-        return TASKS[recipe.task].load(recipe)
+        return task_of(recipe).load(recipe)
 
 
 def check_method(recipe: Recipe) -> None:

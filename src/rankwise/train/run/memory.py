@@ -90,8 +90,13 @@ def plan_memory(recipe: Recipe) -> Memory:
     """What a recipe's run will hold, with every sample as long as ``max_length``.
 
     Raises:
-        RecipeError: there is no ``max_length``. PretrainedError, TargetError: as a run's own.
+        RecipeError: there is no ``max_length``, or another task. PretrainedError, TargetError: as a run's own.
     """
+    if recipe.task not in ("causal-lm", "classification"):
+        raise RecipeError(
+            f"`task`: the memory of a run is planned for causal-lm and classification; found {recipe.task}, of which a "
+            "step is another. `rankwise check` tries one step and measures it"
+        )
     if recipe.max_length is None:
         raise RecipeError("`max_length`: expected a number, as memory grows with the longest sample; found null")
     config = AutoConfig.from_pretrained(locate_files(recipe.model), local_files_only=True, trust_remote_code=False)

@@ -38,9 +38,9 @@ from rankwise.train.recipe import Recipe
 from rankwise.train.run import adapter_start, lock, resume
 from rankwise.train.run.beside import EarlierRun, earlier_run
 from rankwise.train.run.card import save_model_card
-from rankwise.train.run.loading import TASKS as TASKS
 from rankwise.train.run.loading import load as load
 from rankwise.train.run.loading import show_plan as show_plan
+from rankwise.train.run.loading import task_of as task_of
 from rankwise.train.run.run_report import run_report
 from rankwise.train.run.tables import advice_table, advice_text, trial_step_warnings
 from rankwise.train.run.trial_step import TrialStep, try_step
@@ -141,9 +141,9 @@ def start(prepared: Prepared, console: Console, name: str = "default") -> Prepar
     loaded = prepared.loaded
     if loaded.recipe.gradient_checkpointing:
         prepared.trainer.enable_activation_checkpointing()  # what fits in training must fit here
-    adapter_start.attach(loaded, prepared.batches, console, name)
+    adapter_start.attach(loaded, prepared.batches, prepared.trainer.batch_loss, console, name)
     with busy(console, "Trying one step"):
-        trial = try_step(loaded.model, prepared.batches[0])
+        trial = try_step(loaded.model, prepared.batches[0], prepared.trainer.batch_loss)
     for warning in trial_step_warnings(trial):
         console.print(warning, style="yellow", highlight=False)
     prepared = replace(prepared, trial=trial)
@@ -160,7 +160,7 @@ def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Da
     Args:
         data: the samples, where they are not the recipe's own.
     """
-    recipe, task = loaded.recipe, TASKS[loaded.recipe.task]
+    recipe, task = loaded.recipe, task_of(loaded.recipe)
     check_directory_name(Path(recipe.output_dir))
     bar = ProgressBar(console, title)
     with busy(console, "Reading and tokenising the data"), without_dataset_bars():
@@ -173,7 +173,7 @@ def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Da
         summary = task.summary(loaded, data, trainer, batches)
         alignment = None
         if recipe.alignment_steps is not None:
-            alignment = AlignmentCallback(batches, recipe.alignment_steps)
+            alignment = AlignmentCallback(batches, recipe.alignment_steps, trainer.batch_loss)
             trainer.add_callback(alignment)
     for warning in (*warnings, *summary.warnings):
         console.print(warning, style="yellow")
@@ -183,7 +183,9 @@ def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Da
 
 def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
     """Show what each rank captures of full fine-tuning's first step, and write the best ranks within a budget."""
-    shares, advice = adapter_start.advise(loaded, check(loaded, console).batches, parameters, console)
+    prepared = check(loaded, console)
+    loss = prepared.trainer.batch_loss
+    shares, advice = adapter_start.advise(loaded, prepared.batches, loss, parameters, console)
     path = Path(loaded.recipe.output_dir) / "rank_pattern.yaml"
     adapter_start.write_rank_pattern(advice, path)
     console.print(advice_table(shares))
@@ -200,7 +202,7 @@ def saving_adapter(prepared: Prepared, name: str) -> Iterator[Path]:
     with whole_directory(Path(prepared.recipe.output_dir) / name) as directory:
         rw.save(prepared.model, directory)
         prepared.tokenizer.save_pretrained(directory)
-        TASKS[prepared.recipe.task].save(prepared.loaded, directory)
+        task_of(prepared.recipe).save(prepared.loaded, directory)
         yield directory
 
 
@@ -242,7 +244,7 @@ def _at_chosen_rate(prepared: Prepared, console: Console) -> Prepared:
 
 def _written(prepared: Prepared, first: Adapter | None, console: Console) -> Result:
     """The files of a trained run; ``first`` is its adapter before the first step."""
-    recipe, trainer, task = prepared.recipe, prepared.trainer, TASKS[prepared.recipe.task]
+    recipe, trainer, task = prepared.recipe, prepared.trainer, task_of(prepared.recipe)
     out = Path(recipe.output_dir)
     history = trainer.state.log_history
     sample = task.sample(prepared.loaded, prepared.held_out)
@@ -257,6 +259,7 @@ def _written(prepared: Prepared, first: Adapter | None, console: Console) -> Res
                 title=title_of(recipe),
                 recipe=recipe,
                 metrics=metrics,
+                figures=task.figures(metrics),
                 curve=result.curve,
                 sample=sample,
             )
@@ -275,7 +278,7 @@ def _change(model: PreTrainedModel) -> Adapter | None:
 
 
 def _write_page(result: Result, first: Adapter | None) -> None:
-    prepared, recipe = result.prepared, result.prepared.recipe
+    prepared, recipe, task = result.prepared, result.prepared.recipe, task_of(result.prepared.recipe)
     report = run_report(
         title_of(recipe),
         recipe=recipe,
@@ -285,11 +288,12 @@ def _write_page(result: Result, first: Adapter | None) -> None:
         last=_change(prepared.model),
         directory=result.adapter,
         history=result.history,
-        loss_unit=TASKS[recipe.task].loss_unit,
+        loss_unit=task.loss_unit,
         layers=len(prepared.loaded.sites),
         data=prepared.summary.facts,
         earlier=prepared.earlier,
         metrics=result.metrics,
+        figures=task.figures(result.metrics),
         sample=result.sample,
         choice=prepared.choice,
         over_run={} if prepared.alignment is None else prepared.alignment.measured,

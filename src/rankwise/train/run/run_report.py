@@ -19,8 +19,9 @@ from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import Recipe
 from rankwise.train.run.beside import EarlierRun
 from rankwise.train.run.report_parts import adapter_part, low_rank_part_only, texts, versions
-from rankwise.train.run.tables import squeeze_text
+from rankwise.train.run.tables import changed, squeeze_text
 from rankwise.train.run.verdict import verdict
+from rankwise.train.tasks.base import Figures
 
 
 def run_report(
@@ -37,6 +38,7 @@ def run_report(
     layers: int,
     data: Mapping[str, str],
     metrics: dict[str, Any],
+    figures: Figures,
     sample: Sample | None,
     choice: Choice | None,
     earlier: EarlierRun | None,
@@ -59,8 +61,8 @@ def run_report(
     return Report(
         title=title,
         adapters=[adapter_part("adapter", directory, spec, sites, over_run.get(max(over_run, default=0)))],
-        verdict=[*verdict(recipe, metrics, history, layers), *(earlier.compared(metrics) if earlier else [])],
-        headline=_headline(recipe, metrics),
+        verdict=[*verdict(recipe, metrics, figures, history, layers), *(earlier.compared(metrics) if earlier else [])],
+        headline=_headline(recipe, metrics, figures),
         data=data,
         similarities=similarities(states),
         runs={"this run": history, earlier.name: earlier.history} if earlier else {"run": history},
@@ -90,12 +92,11 @@ def _rate_notes(choice: Choice | None) -> list[str]:
     return [str(choice), f"The first of them is {choice.guess:g}, the product of these: {'; '.join(choice.reasons)}."]
 
 
-def _headline(recipe: Recipe, metrics: dict[str, Any]) -> dict[str, str]:
+def _headline(recipe: Recipe, metrics: dict[str, Any], task_figures: Figures) -> dict[str, str]:
     figures = {"trained parameters": f"{metrics['trainable_parameters']:,}", "steps": str(metrics["steps"])}
     if metrics["eval_loss_before"] is not None:
         figures["held-out loss"] = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
     if "squeeze_error" in metrics:
         figures[f"squeezed to rank {recipe.ship_rank}"] = squeeze_text(metrics)
-    if "accuracy_after" in metrics:
-        figures["held-out accuracy"] = f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}"
-    return figures | {"learning rate": f"{recipe.peak_learning_rate:g}", "seed": str(recipe.seed)}
+    shown = {label: changed(change) for label, change in task_figures.items()}
+    return figures | shown | {"learning rate": f"{recipe.peak_learning_rate:g}", "seed": str(recipe.seed)}

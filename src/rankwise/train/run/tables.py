@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rankwise.train.model.generation import Sample
     from rankwise.train.model.merged import Merged
     from rankwise.train.run.trial_step import TrialStep
-    from rankwise.train.tasks.base import DataSummary
+    from rankwise.train.tasks.base import DataSummary, Figures
 
 ADVISED_RANKS = (1, 2, 4, 8, 16, 32)
 
@@ -126,15 +126,20 @@ def trial_step_warnings(trial: TrialStep) -> list[str]:
 _GIB = 2**30
 
 
-def summary(metrics: dict[str, Any], adapter: Path, page: Path) -> Table:
+def changed(change: tuple[str, str]) -> str:
+    """A figure before and after, or as it is."""
+    return " → ".join(filter(None, change))
+
+
+def summary(metrics: dict[str, Any], figures: Figures, adapter: Path, page: Path) -> Table:
     """How a run ended and where its files lie."""
     table = _facts("Done")
     if metrics["eval_loss_before"] is not None:
         table.add_row("held-out loss", f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}")
     if "squeeze_error" in metrics:
         table.add_row("squeezed", squeeze_text(metrics))
-    if "accuracy_after" in metrics:
-        table.add_row("held-out accuracy", f"{metrics['accuracy_before']:.1%} → {metrics['accuracy_after']:.1%}")
+    for label, change in figures.items():
+        table.add_row(label, changed(change))
     if metrics["train_loss_first"] != metrics["train_loss_last"]:  # else it was logged once only
         table.add_row("training loss", f"{metrics['train_loss_first']:.4f} → {metrics['train_loss_last']:.4f}")
     table.add_row("steps", f"{metrics['steps']} in {metrics['train_seconds']:.0f} s")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import rankwise as rw
@@ -45,8 +46,13 @@ class TrialStep:
         return self.weights + self.training + self.activations
 
 
-def try_step(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> TrialStep:
+def try_step(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], loss_of: Callable[[nn.Module, Any], Tensor]
+) -> TrialStep:
     """A forward and a backward pass on a batch as in training; then gradients and random state are as before.
+
+    Args:
+        loss_of: (model, batch) → its loss.
 
     Raises:
         TrainingError: the loss or a gradient is not finite.
@@ -55,9 +61,9 @@ def try_step(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> TrialStep:
     trained = rw.trainable_parameters(model)
     kept = _Kept(model)
     with _as_in_training(model), torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
-        loss = model(**batch).loss
+        loss = loss_of(model, batch)
         _check_loss(float(loss.detach()))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         idle = _idle(model)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     moving = sum(tensor.numel() * tensor.element_size() for tensor in trained) * (1 + _ADAM)

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.report.history import History, points
-from rankwise.train.recipe import Method, Recipe
+from rankwise.train.recipe import Recipe
+from rankwise.train.section import Method
+from rankwise.train.tasks.base import Figures
 
 _BETTER_EARLIER = 1.01  # by how much the held-out loss must have been lower before the end to be spoken of
 
 
-def verdict(recipe: Recipe, metrics: Mapping[str, Any], history: History, layers: int) -> list[str]:
+def verdict(recipe: Recipe, metrics: Mapping[str, Any], figures: Figures, history: History, layers: int) -> list[str]:
     """Three sentences, or four.
 
     Args:
         metrics: a run's ``metrics.json``.
+        figures: what its task shows of them.
         history: what its trainer logged.
         layers: how many are adapted.
     """
-    return [_what(recipe, metrics, layers), *_whether(metrics, history), _cost(metrics, history)]
+    return [_what(recipe, metrics, layers), *_whether(metrics, figures, history), _cost(metrics, history)]
 
 
 def _what(recipe: Recipe, metrics: Mapping[str, Any], layers: int) -> str:
@@ -36,12 +39,14 @@ def _name(method: Method) -> str:
     return method if isinstance(method, str) else str(method["name"])
 
 
-def _whether(metrics: Mapping[str, Any], history: History) -> list[str]:
+def _whether(metrics: Mapping[str, Any], figures: Figures, history: History) -> list[str]:
     before, after = metrics["eval_loss_before"], metrics["eval_loss_after"]
     if before is None:
         return ["Whether it helped is not known, as no samples were held out: eval_split: 0.05 holds some out."]
     way = "It helped: the held-out loss fell" if after < before else "It did not help: the held-out loss rose"
-    said = [f"{way} by {abs(after - before):.3f}, from {before:.3f} to {after:.3f}{_accuracy(metrics)}."]
+    said = [
+        f"{way} by {abs(after - before):.3f}, from {before:.3f} to {after:.3f}{''.join(map(_figure, figures.items()))}."
+    ]
     steps, losses = points(history, "eval_loss")
     lowest = min(losses)
     if lowest * _BETTER_EARLIER < after and lowest < before:
@@ -52,10 +57,9 @@ def _whether(metrics: Mapping[str, Any], history: History) -> list[str]:
     return said
 
 
-def _accuracy(metrics: Mapping[str, Any]) -> str:
-    if "accuracy_after" in metrics:
-        return f", and the accuracy went from {metrics['accuracy_before']:.1%} to {metrics['accuracy_after']:.1%}"
-    return ""
+def _figure(figure: tuple[str, tuple[str, str]]) -> str:
+    label, (before, after) = figure
+    return f"; {label}: from {before} to {after}" if before else f"; {label}: {after}"
 
 
 def _cost(metrics: Mapping[str, Any], history: History) -> str:

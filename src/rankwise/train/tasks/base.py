@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rankwise as rw
 from rankwise.planning import Plan
+from rankwise.report.history import points
 from rankwise.train.model.generation import Sample
 from rankwise.train.recipe import AdapterFields, Recipe
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:  # datasets and TRL take seconds to import, which planning nee
     from rankwise.train.data.dataset import Batch, Data
     from rankwise.train.trainer.progress import ProgressBar
     from rankwise.train.trainer.trainer import AdapterTrainer
+
+
+Figures = dict[str, tuple[str, str]]  # label → as it was before training (empty where it means nothing), and after
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,41 @@ class Task(ABC):
         """Figures of the run beside its losses."""
 
     @abstractmethod
+    def figures(self, metrics: dict[str, Any]) -> Figures:
+        """What of the metrics a reader should see beside the losses."""
+
+    @abstractmethod
     def save(self, loaded: Loaded, adapter: Path) -> None:
         """Write what the adapter's directory needs beside the adapter and the tokenizer."""
+
+
+_SCORES = {
+    "exact": "held-out answers that are exact",
+    "matthews": "held-out Matthews correlation",
+    "number": "held-out answers with the right number",
+}
+
+
+def score_changes(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The scores of generated answers, at the first evaluation and at the last."""
+    logged = {name: points(history, f"eval_{name}")[1] for name in _SCORES}
+    scores = {name: values for name, values in logged.items() if values}
+    return {
+        f"{name}_{when}": values[at] for name, values in scores.items() for when, at in (("before", 0), ("after", -1))
+    }
+
+
+def score_figures(metrics: dict[str, Any]) -> Figures:
+    """The same in words."""
+
+    def shown(name: str, value: float) -> str:
+        return f"{value:.3f}" if name == "matthews" else f"{value:.1%}"
+
+    return {
+        label: (shown(name, metrics[f"{name}_before"]), shown(name, metrics[f"{name}_after"]))
+        for name, label in _SCORES.items()
+        if f"{name}_after" in metrics
+    }
 
 
 def spec_of(recipe: Recipe) -> rw.LoRA:

@@ -15,7 +15,7 @@ from rankwise.train.data.tokens import Prompt, tokenised
 from rankwise.train.model.generation import Sample, before_and_after
 from rankwise.train.model.pretrained import load_pretrained
 from rankwise.train.recipe import Recipe, TrainingFields
-from rankwise.train.tasks.base import DataSummary, Loaded, Task, spec_of
+from rankwise.train.tasks.base import DataSummary, Figures, Loaded, Task, score_changes, score_figures, spec_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,10 +31,7 @@ class CausalLM(Task):
     loss_unit = "nats per token"
 
     def load(self, recipe: Recipe) -> Loaded:
-        model, tokenizer = load_pretrained(recipe.model, dtype=recipe.dtype, quantization=recipe.quantization)
-        spec = spec_of(recipe)
-        planned = rw.plan(model, spec, method=recipe.init_method, memory_budget=recipe.memory_budget)
-        return Loaded(recipe, model, tokenizer, spec, planned)
+        return load_language_model(recipe)
 
     def check(self, loaded: Loaded, data: Data) -> None:
         preflight.check_reached(loaded.model, loaded.sites)
@@ -64,7 +61,7 @@ class CausalLM(Task):
             ("held-out", data.eval, trainer.eval_dataset),
         ):
             if given is not None:
-                preflight.check_fits(samples, what, loaded.model, tokenizer)
+                preflight.check_fits(preflight.numbered(samples), what, loaded.model, tokenizer)
                 warnings += preflight.check_labels(samples, given, what, tokenizer, recipe.max_length)
         return trainer, warnings
 
@@ -85,21 +82,36 @@ class CausalLM(Task):
         return DataSummary(shown, preflight.decoded(trainer.train_dataset, tokenizer, 3), warnings)
 
     def sample(self, loaded: Loaded, held_out: Dataset | None) -> Sample | None:
-        """The first held-out prompt, or what a conversation's last answer answers; none of running text."""
-        if held_out is None or "text" in held_out.column_names:
-            return None
-        prompt, reference = _asked(held_out[0])
-        try:
-            sample = before_and_after(loaded.model, loaded.tokenizer, prompt)
-        except DataError:  # no prompt to answer, or none that leaves room: no reason to lose a run that is through
-            return None
-        return replace(sample, reference=reference)
+        return answered(loaded, held_out)
 
     def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
-        return {}
+        return score_changes(history)
+
+    def figures(self, metrics: dict[str, Any]) -> Figures:
+        return score_figures(metrics)
 
     def save(self, loaded: Loaded, adapter: Path) -> None:
         pass
+
+
+def load_language_model(recipe: Recipe, kind: str = "causal-lm") -> Loaded:
+    """A model that writes, of a kind that `load_pretrained` has, and what the recipe adapts of it."""
+    model, tokenizer = load_pretrained(recipe.model, dtype=recipe.dtype, quantization=recipe.quantization, task=kind)
+    spec = spec_of(recipe)
+    planned = rw.plan(model, spec, method=recipe.init_method, memory_budget=recipe.memory_budget)
+    return Loaded(recipe, model, tokenizer, spec, planned)
+
+
+def answered(loaded: Loaded, held_out: Dataset | None) -> Sample | None:
+    """The first held-out prompt, or what a conversation's last answer answers; none of running text."""
+    if held_out is None or "text" in held_out.column_names:
+        return None
+    prompt, reference = _asked(held_out[0])
+    try:
+        sample = before_and_after(loaded.model, loaded.tokenizer, prompt)
+    except DataError:  # no prompt to answer, or none that leaves room: no reason to lose a run that is through
+        return None
+    return replace(sample, reference=reference)
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[Prompt, str | None]:

@@ -21,7 +21,7 @@ from rankwise.train.data.records import read_records
 from rankwise.train.model.generation import Sample
 from rankwise.train.model.pretrained import load_classifier
 from rankwise.train.recipe import Recipe, TrainingFields
-from rankwise.train.tasks.base import DataSummary, Loaded, Task, spec_of
+from rankwise.train.tasks.base import DataSummary, Figures, Loaded, Task, spec_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,9 +89,9 @@ class Classification(Task):
             callbacks=[bar],
             recipe=recipe,
         )
-        preflight.check_fits(trainer.train_dataset, "training", loaded.model, loaded.tokenizer)
+        preflight.check_fits(preflight.numbered(trainer.train_dataset), "training", loaded.model, loaded.tokenizer)
         if data.eval is not None:
-            preflight.check_fits(trainer.eval_dataset, "held-out", loaded.model, loaded.tokenizer)
+            preflight.check_fits(preflight.numbered(trainer.eval_dataset), "held-out", loaded.model, loaded.tokenizer)
         return trainer, []
 
     def summary(self, loaded: Loaded, data: Data, trainer: AdapterTrainer, batches: Sequence[Batch]) -> DataSummary:
@@ -116,6 +116,11 @@ class Classification(Task):
     def metrics(self, history: list[dict[str, Any]]) -> dict[str, Any]:
         _, accuracies = points(history, "eval_accuracy")
         return {"accuracy_before": accuracies[0], "accuracy_after": accuracies[-1]} if accuracies else {}
+
+    def figures(self, metrics: dict[str, Any]) -> Figures:
+        if "accuracy_after" not in metrics:
+            return {}
+        return {"held-out accuracy": (f"{metrics['accuracy_before']:.1%}", f"{metrics['accuracy_after']:.1%}")}
 
     def save(self, loaded: Loaded, adapter: Path) -> None:
         names = loaded.model.config.id2label

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.analysis import Alignment, every_first_step
 from rankwise.train.data.dataset import Batch
+
+Loss = Callable[[nn.Module, Batch], Tensor]
 
 
 class AlignmentCallback(TrainerCallback):  # type: ignore[misc]
@@ -18,9 +21,9 @@ class AlignmentCallback(TrainerCallback):  # type: ignore[misc]
         measured: step → optimizer → site → alignment.
     """
 
-    def __init__(self, batches: Sequence[Batch], steps: int) -> None:
+    def __init__(self, batches: Sequence[Batch], steps: int, loss: Loss) -> None:
         self.measured: dict[int, dict[str, dict[str, Alignment]]] = {}
-        self._batches, self._steps = batches, steps
+        self._batches, self._steps, self._loss = batches, steps, loss
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -32,4 +35,4 @@ class AlignmentCallback(TrainerCallback):  # type: ignore[misc]
             self._measure(state.global_step, kwargs["model"])
 
     def _measure(self, step: int, model: Any) -> None:
-        self.measured[step] = every_first_step(model, self._batches)
+        self.measured[step] = every_first_step(model, self._batches, loss=self._loss)

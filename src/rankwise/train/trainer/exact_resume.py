@@ -21,6 +21,7 @@ from rankwise.train.recipe import Recipe
 # are compared; evaluations are, as they draw no random numbers of the run.
 _MAY_CHANGE = {
     "data", "data_format", "trained_turns", "max_train_samples", "max_length",
+    "answer_metric", "max_new_tokens",
     "eval_data", "eval_split", "max_eval_samples", "per_device_eval_batch_size", "eval_steps",
     "init_memory", "init_cache", "output_dir", "logging_steps", "save_steps", "save_total_limit", "report_to",
     "resume_from_checkpoint", "resume_anyway", "dataloader_num_workers", "alignment_steps", "rate_probe_steps",

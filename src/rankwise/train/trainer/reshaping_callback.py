@@ -78,6 +78,7 @@ class ReshapingCallback(TrainerCallback):  # type: ignore[misc]
             restart(
                 trainer.model,
                 trainer.batches_to_come(recipe.init_batches * recipe.gradient_accumulation_steps),
+                trainer.batch_loss,
                 seed=recipe.seed + step,
                 kept_rank=recipe.restart_rank,
                 method=recipe.init_method,

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from rankwise.optim.lora_plus import AdamWChoice
 from rankwise.reshaping import shape_like
 from rankwise.tensor_files import read_tensors
 from rankwise.train.data.dataset import Batch
-from rankwise.train.data.tokens import ROW
+from rankwise.train.data.scores import scores
+from rankwise.train.data.tokens import IGNORED, ROW
+from rankwise.train.model.generation import generate
 from rankwise.train.recipe import Recipe
 from rankwise.train.trainer import checkpoints, exact_resume
 from rankwise.train.trainer.contents import loading, steps_done
@@ -54,6 +56,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         computing: around the forward and backward pass of each batch; a sweep's runs wait there for each other.
     """
 
+    refers_to_base: ClassVar[bool] = False  # whether the loss compares the model with its base
     optimizer: torch.optim.Optimizer | None
     computing: Computing
 
@@ -67,7 +70,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._batch_shape: tuple[int, ...] = ()
         self.computing = _alone
         # transformers makes the directory at once.
-        with _announced(model), _refusals(), writing(Path(recipe.output_dir)):
+        with _announced(model), refusals(), writing(Path(recipe.output_dir)):
             super().__init__(model=model, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RecipeError(
@@ -123,6 +126,16 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         """Train as this recipe says, which differs from the one before in a rate that is chosen now."""
         self.recipe, self.args.learning_rate = recipe, recipe.peak_learning_rate
 
+    def batch_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the run minimises, on one batch: what a start, a probe or an analysis takes gradients of."""
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def as_batch(self, drawn: Any) -> Batch:
+        """What the training data's loader gives, as :meth:`batch_loss` takes it."""
+        batch: Batch = drawn
+        return batch
+
     def enable_activation_checkpointing(self) -> None:
         """As training does by itself, for what runs the model before it."""
         options = dict(self.args.activation_checkpointing_kwargs or {})
@@ -163,13 +176,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             return
         super()._run_epoch(**kwargs)
 
-    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One step; a loss that is not finite stops the run before it reaches the weights."""
         step, batch = self._at
         self._at = (self.state.global_step, batch + 1 if step == self.state.global_step else 0)
-        self._batch_shape = tuple(inputs["input_ids"].shape)
-        self._throughput.saw(inputs)
-        inputs = self._prepare_inputs(inputs)
+        self._note(inputs)
         own_step = super().training_step
         loss = self.computing(inputs, lambda: own_step(model, inputs, *args, **kwargs))
         if not torch.isfinite(loss):
@@ -179,6 +190,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As transformers does, with the speed and the memory beside a training loss."""
         super().log(logs | (self._throughput.take() if "loss" in logs else {}), *args, **kwargs)
+
+    def _note(self, inputs: Any) -> None:
+        """What a step is given: its size, in case memory runs out, and its tokens."""
+        self._batch_shape = tuple(inputs["input_ids"].shape)
+        self._throughput.saw(inputs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradients; one that is not finite stops the run before they reach the weights."""
@@ -319,6 +335,9 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         checkpoint, _ = checkpoints.newest_valid(self.args.output_dir)
         return "There is no checkpoint yet." if checkpoint is None else f"The last good checkpoint is {checkpoint}."
 
+    def _send_telemetry(self) -> None:
+        """Nothing: a run tells nobody."""
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the run writes its own card once its results are known."""
 
@@ -352,10 +371,27 @@ def _check_unfinished(directory: Path, max_steps: int, results: Path) -> None:
 
 
 class LanguageTrainer(AdapterTrainer, SFTTrainer):  # type: ignore[misc]
-    """Trains a language model as TRL does."""
+    """Trains a language model as TRL does, and scores its answers where the recipe says so."""
 
-    def _send_telemetry(self) -> None:
-        """Nothing: a run tells nobody."""
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """An evaluation; its samples have to be answered one by one."""
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.recipe.answer_metrics:
+            found = scores(self.recipe.answer_metrics, *self._answers(dataloader.dataset))
+            output.metrics.update({f"{metric_key_prefix}_{name}": score for name, score in found.items()})
+        return output
+
+    def _answers(self, samples: Any) -> tuple[list[str], list[str]]:
+        """What the model writes after each sample's prompt, and what the sample has there."""
+        answers, references, tokenizer = [], [], self.processing_class
+        for row in samples:
+            learnt = [index for index, label in enumerate(row["labels"]) if label != IGNORED]
+            answers.append(generate(self.model, tokenizer, row["input_ids"][: learnt[0]], self.recipe.answer_tokens))
+            words = [row["labels"][index] for index in learnt]
+            references.append(str(tokenizer.decode(words, skip_special_tokens=True)).strip())
+        return answers, references
 
 
 class ClassifierTrainer(AdapterTrainer):
@@ -387,19 +423,19 @@ _OURS = (
 
 def sft_config(training: dict[str, Any], *, max_length: int | None, seed: int, has_eval: bool) -> SFTConfig:
     """Recipe fields as TRL's configuration."""
-    with _refusals():
-        return SFTConfig(**_arguments(training, seed, has_eval), max_length=max_length)
+    with refusals():
+        return SFTConfig(**arguments(training, seed, has_eval), max_length=max_length)
 
 
 def training_arguments(training: dict[str, Any], *, seed: int, has_eval: bool) -> TrainingArguments:
     """Recipe fields as transformers' configuration."""
     # Not "group_by_length": its order comes from the global random state, so that a resumed run would see another.
-    with _refusals():
-        return TrainingArguments(**_arguments(training, seed, has_eval))
+    with refusals():
+        return TrainingArguments(**arguments(training, seed, has_eval))
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """transformers' own checks of the training fields, as errors in the recipe."""
     try:
         yield
@@ -407,7 +443,7 @@ def _refusals() -> Iterator[None]:
         raise RecipeError(f"training fields: transformers refuses them: {error}") from None
 
 
-def _arguments(training: dict[str, Any], seed: int, has_eval: bool) -> dict[str, Any]:
+def arguments(training: dict[str, Any], seed: int, has_eval: bool) -> dict[str, Any]:
     """Recipe fields under transformers' names; the additions below are what the fields imply."""
     given = {name: value for name, value in training.items() if name not in _OURS}
     if given["learning_rate"] == "auto":
