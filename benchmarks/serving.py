@@ -5,9 +5,9 @@
 SmolLM2-135M in fp32 with 16 adapters of rank 8 on all linear layers (random weights; `distinct_answers` of the 20
 offline answers differ), served by `rankwise serve` in a process of its own. Each stream asks one of the adapters to go
 on with a text, again and again, greedily, and compares the answer with what transformers' `generate` said offline, of
-that prompt alone, with that adapter alone. Meanwhile four other adapters are loaded, asked, compared and unloaded; and every
-few seconds there comes a malformed request, an oversized prompt, an unknown model, a broken adapter, and a client that
-vanishes. In the end no row may be left, and the memory of adapters must be what it was.
+that prompt alone, with that adapter alone. Meanwhile four other adapters are loaded, asked, compared and unloaded; and
+every few seconds there comes a malformed request, an oversized prompt, an unknown model, a broken adapter, and a client
+that vanishes. In the end no row may be left, and the memory of adapters must be what it was.
 
 `smallest_gap` is the least that the likeliest token of any offline answer was ahead of the second, in logits: rows of a
 batch are summed in another order, which moves logits by some 1e-5, so that a tie closer than that could fall otherwise.
