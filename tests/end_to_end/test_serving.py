@@ -118,10 +118,10 @@ def test_the_page_shows_answers_side_by_side(folder: Path, tmp_path: Path, width
         assert complaints == []
         cards = re.findall(r"<article><h2>(.*?)</h2><pre>(.*?)</pre><small>(.*?)</small>", dom, re.DOTALL)
         assert [name for name, _, _ in cards] == [base, "a1"]
-        for (_, shown, note), adapter in zip(cards, (None, folder / "adapters/a1"), strict=True):
+        for (_, answer, note), adapter in zip(cards, (None, folder / "adapters/a1"), strict=True):
             asked = tokenizer("<user><b>hi</b><assistant>")["input_ids"]
             text = tokenizer.decode(alone(base_model(folder), adapter, asked, 12), skip_special_tokens=True)
-            assert letters(shown) == letters(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+            assert letters(answer) == letters(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
             assert re.match(r"\d+ tokens, the first after [\d.]+ s", note)
         assert int(re.search(r'data-width="(\d+)"', dom)[1]) <= width, "something is wider than the window"
         dom, _ = shown(f"{address}/?{urlencode({**query, 'prompt': 'x' * 300})}", tmp_path, width)
