@@ -145,6 +145,7 @@ def shown(url: str, scratch: Path, width: int) -> tuple[str, list[dict]]:
         browser.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         browser.call("Log.enable")
+        browser.call("Runtime.enable")
         browser.call("Page.navigate", url=url)
         assert until(lambda: browser.value("document.body && document.body.dataset.width"), seconds=120)
         return browser.value("document.documentElement.outerHTML"), browser.logged
@@ -183,8 +184,8 @@ class DevTools:
         self.requests.write(json.dumps(message).encode() + b"\0")
         self.requests.flush()
         while (answer := self._read()).get("id") != self.number:
-            if answer.get("method") == "Log.entryAdded":
-                self.logged.append(answer["params"]["entry"])
+            if answer.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
+                self.logged.append(answer["params"])
         return answer["result"]
 
     def value(self, expression: str) -> object:
