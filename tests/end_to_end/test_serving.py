@@ -1,7 +1,9 @@
 """The server as a process: the real model and OpenAI's own client, the page in a real browser, a graceful stop."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,19 +114,18 @@ def test_the_page_shows_answers_side_by_side(folder: Path, tmp_path: Path, width
     tokenizer = tiny_tokenizer()
     with served(base, "--adapters", str(folder / "adapters")) as (_, address):
         query = {"models": f"{base},a1", "prompt": "<b>hi</b>", "max_tokens": 12, "ask": 1}
-        done = chromium(f"{address}/?{urlencode(query)}", tmp_path, f"--window-size={width},900", "--dump-dom")
-        assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-        cards = re.findall(r"<article><h2>(.*?)</h2><pre>(.*?)</pre><small>(.*?)</small>", done.stdout, re.DOTALL)
+        dom, complaints = shown(f"{address}/?{urlencode(query)}", tmp_path, width)
+        assert complaints == []
+        cards = re.findall(r"<article><h2>(.*?)</h2><pre>(.*?)</pre><small>(.*?)</small>", dom, re.DOTALL)
         assert [name for name, _, _ in cards] == [base, "a1"]
-        for (_, shown, note), adapter in zip(cards, (None, folder / "adapters/a1"), strict=True):
+        for (_, answer, note), adapter in zip(cards, (None, folder / "adapters/a1"), strict=True):
             asked = tokenizer("<user><b>hi</b><assistant>")["input_ids"]
             text = tokenizer.decode(alone(base_model(folder), adapter, asked, 12), skip_special_tokens=True)
-            assert letters(shown) == letters(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+            assert letters(answer) == letters(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
             assert re.match(r"\d+ tokens, the first after [\d.]+ s", note)
-        width_shown = re.search(r'data-width="(\d+)"', done.stdout)
-        assert int(width_shown[1]) <= width, "nothing is wider than the window"
-        failed = chromium(f"{address}/?{urlencode({**query, 'prompt': 'x' * 300})}", tmp_path, "--dump-dom")
-        assert "expected fewer than 128 tokens" in failed.stdout and 'class="failed"' in failed.stdout
+        assert int(re.search(r'data-width="(\d+)"', dom)[1]) <= width, "something is wider than the window"
+        dom, _ = shown(f"{address}/?{urlencode({**query, 'prompt': 'x' * 300})}", tmp_path, width)
+        assert "expected fewer than 128 tokens" in dom and 'class="failed"' in dom
 
 
 def letters(text: str) -> str:
@@ -132,11 +133,67 @@ def letters(text: str) -> str:
     return re.sub(r"\s", "", text).replace("\x00", "�").replace("\xa0", "").replace("&nbsp;", "")
 
 
-def chromium(url: str, scratch: Path, *options: str) -> subprocess.CompletedProcess:
-    quiet = (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-        "--virtual-time-budget=20000", f"--user-data-dir={scratch / 'profile'}",
+def shown(url: str, scratch: Path, width: int) -> tuple[str, list[dict]]:
+    """The page once all have answered, and what its console complains of."""
+    options = (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--remote-debugging-pipe",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={scratch / 'profile'}", f"--window-size={width},900",
     )  # fmt: skip
-    command = [CHROMIUM, *quiet, *options, url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, cwd=scratch)
+    with DevTools([CHROMIUM, *options]) as browser:
+        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        browser.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        browser.call("Log.enable")
+        browser.call("Runtime.enable")
+        browser.call("Page.navigate", url=url)
+        assert until(lambda: browser.value("document.body && document.body.dataset.width"), seconds=120)
+        return browser.value("document.documentElement.outerHTML"), browser.logged
+
+
+class DevTools:
+    """A browser that is driven through the two pipes that it reads and writes as files 3 and 4."""
+
+    def __init__(self, command: list[str]) -> None:
+        (theirs, ours), (back, answers) = os.pipe(), os.pipe()
+        shell = f"exec {shlex.join(command)} 3<&{theirs} 4>&{answers}"
+        self.process = subprocess.Popen(
+            ["bash", "-c", shell], pass_fds=(theirs, answers), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        os.close(theirs)
+        os.close(answers)
+        self.requests, self.answers = os.fdopen(ours, "wb"), os.fdopen(back, "rb")
+        self.session: str | None = None
+        self.logged: list[dict] = []
+        self.number = 0
+
+    def __enter__(self) -> "DevTools":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.requests.close()
+        self.answers.close()
+
+    def call(self, method: str, **parameters: object) -> dict:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        self.requests.write(json.dumps(message).encode() + b"\0")
+        self.requests.flush()
+        while (answer := self._read()).get("id") != self.number:
+            if answer.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"):
+                self.logged.append(answer["params"])
+        return answer["result"]
+
+    def value(self, expression: str) -> object:
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def _read(self) -> dict:
+        text = b""
+        while (letter := self.answers.read(1)) != b"\0":
+            assert letter, "the browser has ended"
+            text += letter
+        return json.loads(text)
