@@ -31,9 +31,7 @@ def first_batches(trainer: AdapterTrainer, recipe: Recipe) -> list[Batch]:
     return [trainer.as_batch(drawn) for drawn in islice(iter(trainer.get_train_dataloader()), count)]
 
 
-def attach(
-    loaded: Loaded, batches: Sequence[Batch], loss: Loss, console: Console, name: str = "default"
-) -> None:
+def attach(loaded: Loaded, batches: Sequence[Batch], loss: Loss, console: Console, name: str = "default") -> None:
     """Put the adapter on the model, its start computed from the batches, or read from the recipe's cache.
 
     Args:
