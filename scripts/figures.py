@@ -379,6 +379,42 @@ def quantised() -> str:
     )
 
 
+def squeezing_smollm2() -> str:
+    """Test losses seed by seed: wide, cut, repaired, and narrow from the start."""
+    found = result("squeezing_smollm2")
+    narrow = {row["seed"]: row["test"] for row in found["narrow"]}
+    rows = []
+    for run in found["runs"]:
+        cut = run["squeezed"]
+        cells = [f"{cut[way]['test']:.3f} ({cut[way]['error']:.0%})" for way in ("weights", "outputs")]
+        losses = [f"{value:.3f}" for value in (run["repaired"]["test"], narrow[run["seed"]])]
+        rows.append([str(run["seed"]), f"{run['wide']['test']:.3f}", *cells, *losses])
+    rates = ", ".join(f"{row['rate']:g}: {row['validation']:.3f}" for row in found["rates"])
+    wide, rank, after = found["wide"], found["rank"], found["steps after"]
+    head = ["seed", f"rank {wide}", f"cut to {rank} in weights (lost)", "in outputs (lost)"]
+    head += [f"cut before the last {after} steps", f"rank {rank} throughout"]
+    return (
+        f"SmolLM2-135M, King James, 32 steps of 2; test loss. Rank {wide} at rate {found['rate']:g} (validation loss "
+        f"by rate: {rates}), rank {rank} at its own best, 0.002:\n\n{table(head, rows)}"
+    )
+
+
+def extracting() -> str:
+    found = result("extracting")
+    rows = [["base", "", "", f"{found['base']['test']:.3f}"]]
+    rows += [
+        [f"rank {row['rank']}", f"{row['numbers']:,}", f"{row['share']:.1%}", f"{row['test']:.3f}"]
+        for row in found["ranks"]
+    ]
+    rows.append(["full fine-tuning", "", "100%", f"{found['full']['test']:.3f}"])
+    return (
+        f"SmolLM2-135M after {found['steps']} steps of full fine-tuning on the King James Bible (AdamW, "
+        f"{found['rate']:g}), extracted in {found['seconds']:.0f} s of one core. "
+        "Share of the change's energy, and test loss:\n\n"
+        + table(["", "numbers", "share of ‖change‖²", "test loss"], rows)
+    )
+
+
 def ordinary() -> str:
     found = result("ordinary_adapters")
     count, alarms, fit = len(found["adapters"]), found["false alarms"], found["fit"]
@@ -519,7 +555,13 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "intrinsic": intrinsic,
         "analyze": analyze,
     },
-    "docs/adapters.md": {"combine": combine, "quantised": quantised, "ordinary": ordinary},
+    "docs/adapters.md": {
+        "combine": combine,
+        "squeezing-smollm2": squeezing_smollm2,
+        "extracting": extracting,
+        "quantised": quantised,
+        "ordinary": ordinary,
+    },
     "docs/coming_from.md": {"other-names": other_names},
     "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
