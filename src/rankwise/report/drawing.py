@@ -61,9 +61,16 @@ def looks() -> Iterator[tuple[str, str, str]]:
     return ((series(number), line, mark) for (line, mark), number in cycle(product(_LINES, range(6))))
 
 
+_LETTERS_PER_INCH = 12  # of the legend's type
+_HANDLE = 6  # letters that a line's sample and the gap take
+
+
 def legend_below(figure: Figure, axes: Axes) -> None:
-    """Name the lines of some axes below the figure."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    """Name the lines of some axes below the figure, as many beside each other as it has room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    widest = max((len(label) for label in labels), default=0) + _HANDLE
+    columns = int(figure.get_figwidth() * _LETTERS_PER_INCH / widest)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(max(columns, 1), 4))
 
 
 def svg(name: str, described: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
