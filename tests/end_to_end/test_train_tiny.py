@@ -13,8 +13,18 @@ from typer.testing import CliRunner
 
 import rankwise as rw
 from rankwise.cli import app
-from rankwise.errors import CheckpointError, DataError, NoTrainableTokens, RecipeError, TargetError, TrainingError
+from rankwise.errors import (
+    BrokenFile,
+    CheckpointError,
+    DataError,
+    NoTrainableTokens,
+    RecipeError,
+    TargetError,
+    TrainingError,
+)
 from rankwise.train import recipe as recipes
+from rankwise.train.data.trained_on import trained_on_chats
+from rankwise.train.model.generation import answer
 from rankwise.train.run import run
 from rankwise.train.run.loading import TASKS
 
@@ -219,6 +229,22 @@ def test_chats_are_trained_on_the_answers_though_the_template_marks_none(make, t
     assert prepared.tokenizer.decode(labels[labels != -100]) == learnt
     sample = TASKS["causal-lm"].sample(prepared.loaded, prepared.held_out)
     assert (sample.prompt, sample.reference) == ("<user>hello<assistant>hi<eos><user>and now<assistant>", "bye")
+
+
+def test_an_adapter_of_chats_is_asked_through_the_template(make, tmp_path, tiny):
+    path = tmp_path / "chats.jsonl"
+    chat = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    path.write_text((json.dumps(chat) + "\n") * 12)
+    chats = run.train(make(data=str(path), max_steps=1), SILENT).adapter
+    assert answer(chats, None, "hello", max_new_tokens=2).prompt == "<user>hello<assistant>"
+    assert answer(chats, None, "hello", chat=False, max_new_tokens=2).prompt == "hello"
+    text = run.train(make(max_steps=1, output_dir=str(tmp_path / "text")), SILENT).adapter
+    assert answer(text, None, "hello", max_new_tokens=2).prompt == "hello"
+    (text / "trained_on.json").unlink()  # another library's adapter
+    assert not trained_on_chats(text)
+    (text / "trained_on.json").write_text('{"form": "songs"}')
+    with pytest.raises(BrokenFile, match="expected a `form`, one of chats, text"):
+        answer(text, None, "hello")
 
 
 def test_labels_all_masked_by_truncation_are_refused(make):

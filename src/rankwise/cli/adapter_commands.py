@@ -239,7 +239,13 @@ def generate(
     adapter: Adapter,
     prompt: Annotated[str, typer.Option(parser=text_of, metavar="TEXT", help="Text to continue.")],
     base: Base = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the model's chat template.")] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Send the prompt through the model's chat template. Default: if the adapter was trained on chats.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
 ) -> None:
     """Answer a prompt with the pretrained model and with the adapted one."""

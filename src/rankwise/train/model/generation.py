@@ -15,6 +15,7 @@ from rankwise.train.data.chat import Conversation
 from rankwise.train.data.labels import read_labels
 from rankwise.train.data.preflight import learned_positions
 from rankwise.train.data.tokens import Prompt, prompt_ids
+from rankwise.train.data.trained_on import trained_on_chats
 from rankwise.train.model.merged import base_of
 from rankwise.train.model.pretrained import load_pretrained
 
@@ -54,9 +55,16 @@ def before_and_after(
     return Sample(text, before, generate(model, tokenizer, ids, max_new_tokens))
 
 
-def answer(adapter: Path, base: str | None, prompt: str, *, chat: bool = False, max_new_tokens: int = 64) -> Sample:
-    """Load a saved adapter on its base model (or on `base`) and answer a prompt without and with it."""
+def answer(
+    adapter: Path, base: str | None, prompt: str, *, chat: bool | None = None, max_new_tokens: int = 64
+) -> Sample:
+    """Load a saved adapter on its base model (or on `base`) and answer a prompt without and with it.
+
+    Args:
+        chat: whether the prompt goes through the chat template; None: if the adapter was trained on chats.
+    """
     refuse_classifier(adapter)
+    chat = trained_on_chats(adapter) if chat is None else chat
     model, tokenizer = load_pretrained(base or base_of(adapter))
     rw.load(model, adapter)
     asked = Conversation([{"role": "user", "content": prompt}]) if chat else prompt

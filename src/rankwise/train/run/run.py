@@ -30,6 +30,7 @@ from rankwise.report.curve import save_loss_curve
 from rankwise.report.history import points
 from rankwise.report.page import write_report
 from rankwise.train.data.dataset import Batch, Data, load_data
+from rankwise.train.data.trained_on import is_chat, save_form
 from rankwise.train.learning_rate import choice as learning_rate
 from rankwise.train.learning_rate.choice import Choice, Search
 from rankwise.train.model.busy import busy
@@ -62,6 +63,7 @@ class Prepared:
         search: of a learning rate that is still to be chosen.
         choice: how the rate was chosen, where it was.
         earlier: the run that its page shows beside it.
+        chats: whether the samples are conversations.
     """
 
     loaded: Loaded
@@ -76,6 +78,7 @@ class Prepared:
     search: Search | None = None
     choice: Choice | None = None
     earlier: EarlierRun | None = None
+    chats: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -178,7 +181,9 @@ def check(loaded: Loaded, console: Console, title: str = "Training", *, data: Da
     for warning in (*warnings, *summary.warnings):
         console.print(warning, style="yellow")
     earlier = None if recipe.beside is None else earlier_run(recipe.beside)
-    return Prepared(loaded, trainer, batches, data.eval, bar, summary, alignment, earlier=earlier)
+    return Prepared(
+        loaded, trainer, batches, data.eval, bar, summary, alignment, earlier=earlier, chats=is_chat(data.train[0])
+    )
 
 
 def advise(loaded: Loaded, parameters: int | None, console: Console) -> None:
@@ -203,6 +208,7 @@ def saving_adapter(prepared: Prepared, name: str) -> Iterator[Path]:
         rw.save(prepared.model, directory)
         prepared.tokenizer.save_pretrained(directory)
         task_of(prepared.recipe).save(prepared.loaded, directory)
+        save_form(directory, chats=prepared.chats)
         yield directory
 
 
