@@ -18,6 +18,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_llama import save_tiny_llama, write_pairs
+from tqdm import tqdm
 
 from rankwise.errors import CheckpointError
 from rankwise.train import recipe as recipes
@@ -121,6 +123,7 @@ def content(path: Path) -> Any:
 
 def forked(action: Callable[[], None]) -> int:
     """Start the action in a child; returns its process id."""
+    tqdm.set_lock(threading.RLock())  # its own is shared by all processes, and a child may be killed that holds it
     child = os.fork()
     if child:
         return child
