@@ -26,11 +26,24 @@ VARIANTS = [*PAIR_VARIANTS, "bottleneck"]
 kept: list[Tensor] = []
 
 
-class Squashed(nn.Linear):
-    """tanh keeps its result for the backward pass."""
+class Keeping(torch.autograd.Function):
+    """As tanh does, it keeps its result for the backward pass."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradients[0] * (1 + 0 * y)
+
+
+class Kept(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).tanh()
+        return Keeping.apply(super().forward(input))
 
 
 class Remembering(nn.Linear):
@@ -40,10 +53,12 @@ class Remembering(nn.Linear):
 
 
 class Itself(nn.Linear):
-    """Returns its input, as a layer that is switched off does."""
+    """Returns its input once it is switched off."""
+
+    off = False
 
     def forward(self, input: Tensor) -> Tensor:
-        return input
+        return input if self.off else super().forward(input)
 
 
 def _keep(*call: Any) -> None:
@@ -132,14 +147,14 @@ def test_what_is_kept_is_the_layers_own_output(holder: str, variant: str, with_g
 def test_a_subclass_that_saved_its_output_for_the_backward_pass(variant: str, init: str) -> None:
     if variant == "bottleneck" and init != "kaiming":
         pytest.skip("a bottleneck has a start of its own")
-    layer = Squashed(12, 10)
+    layer = Kept(12, 10)
     model = nn.Sequential(nn.Linear(12, 12), layer, nn.Linear(10, 10))
     spec = rw.LoRA(rank=2, target_modules=["0", "1"], variant=variant, init=init)
     rw.attach(model, spec, batches=[X], loss=lambda model, x: model(x).square().sum())
     perturb(model, 0.3)
     model(X).square().sum().backward()
     found = [p.grad.clone() for p in rw.trainable_parameters(model)]
-    y = layer._forward_hooks.popitem()[1](layer, (h := model[0](X),), {}, Squashed.forward(layer, h).clone())
+    y = layer._forward_hooks.popitem()[1](layer, (h := model[0](X),), {}, Kept.forward(layer, h).clone())
     expected = torch.autograd.grad(model[2](y).square().sum(), rw.trainable_parameters(model))
     for gradient, oracle in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, oracle)
@@ -148,6 +163,7 @@ def test_a_subclass_that_saved_its_output_for_the_backward_pass(variant: str, in
 @pytest.mark.parametrize("variant", PAIR_VARIANTS)
 def test_a_layer_that_returns_its_input(variant: str) -> None:
     model = adapted(Itself(12, 12), variant)
+    model[0].off = True
     x = X.clone()
     model(x)
     assert torch.equal(x, X)
@@ -180,12 +196,15 @@ def test_what_nothing_holds_is_written_into(layer: nn.Module) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_output_that_is_no_tensor_is_named(variant: str) -> None:
     class WithBias(nn.Linear):
-        """Leaves it to the caller to add the bias, as layers of tensor parallelism do."""
+        """Leaves it to the caller to add the bias once it is told to, as layers of tensor parallelism do."""
 
-        def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-            return nn.functional.linear(input, self.weight), self.bias
+        apart = False
+
+        def forward(self, input: Tensor) -> Any:
+            return (nn.functional.linear(input, self.weight), self.bias) if self.apart else super().forward(input)
 
     spec = rw.Bottleneck(["0"], width=2) if variant == "bottleneck" else rw.LoRA(rank=2, variant=variant)
     model = rw.attach(nn.Sequential(WithBias(12, 12)), spec)
+    model[0].apart = True
     with pytest.raises(AttachError, match=r"^0: its forward returned a tuple; expected one tensor"):
         model(X)

@@ -1,5 +1,6 @@
 """What a model has no row or no place for is named before a step is taken."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 
 import rankwise as rw
 from rankwise.errors import DataError
-from rankwise.train.data.preflight import check_fits, learned_positions
+from rankwise.train.data.preflight import check_fits, learned_positions, numbered
 from rankwise.train.data.tokens import ROW
 from rankwise.train.model.generation import before_and_after
 
@@ -56,8 +57,9 @@ def test_learned_positions_are_as_many_as_a_model_can_take(family: str) -> None:
             model(torch.full((1, positions + 1), 5))
 
 
-def samples(*rows: list[int]) -> Dataset:
-    return Dataset.from_dict({"input_ids": list(rows), ROW: [3 * number for number in range(1, len(rows) + 1)]})
+def samples(*rows: list[int]) -> Iterable[tuple[int, list[int]]]:
+    places = [3 * number for number in range(1, len(rows) + 1)]
+    return numbered(Dataset.from_dict({"input_ids": list(rows), ROW: places}))
 
 
 def test_a_token_beyond_the_embedding_is_named() -> None:

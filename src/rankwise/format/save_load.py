@@ -71,16 +71,19 @@ def save(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     adapted = Adapted.of(model)
     check_in_memory(adapted.root)
     name = adapted.adapter_name(name)
-    shards = {key: shard for key, shard in _parameters(adapted.root) if is_sharded(shard)}
+    shards = {key: shard for key, shard in _parameters(adapted, name) if is_sharded(shard)}
     with holding(adapted.root, {key: whole_tensor(shard.detach()) for key, shard in shards.items()}):
         _save(adapted, name, Path(directory), writes=not shards or dist.get_rank() == 0)
 
 
-def _parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Those of adapters and of modules trained whole, by name."""
-    for key, parameter in root.named_parameters(remove_duplicate=False):
-        if not {SLOT, WHOLE}.isdisjoint(key.split(".")):
-            yield key, parameter
+def _parameters(adapted: Adapted, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Those of an adapter and of the modules that it trains whole, by their names in the model."""
+    parts: dict[str, nn.Module] = {
+        **{f"{path}.{SLOT}.adapters": layer for path, layer in adapted.adapter_layers(name).items()},
+        **{f"{path}.{WHOLE}.copies": w.copies[name] for path, w in adapted.whole_modules.items() if name in w.copies},
+    }
+    for path, part in parts.items():
+        yield from part.named_parameters(f"{path}.{name}", remove_duplicate=False)
 
 
 def _save(adapted: Adapted, name: str, directory: Path, *, writes: bool) -> None:
