@@ -19,6 +19,7 @@ from rankwise.train import recipe as recipes
 from rankwise.train.data.dataset import load_data
 from rankwise.train.run import run
 from rankwise.trials import preparing
+from rankwise.trials.on_ray import Cluster
 
 SILENT = Console(quiet=True)
 ARMS = {"LoRA": {}, "spectral": {"optimizer": "spectral"}, "full, AdamW": {"full": "adamw"}, "Muon": {"full": "muon"}}
@@ -190,7 +191,7 @@ def test_an_arm_whose_method_does_not_go_together_is_refused_before_any_run(reci
     assert trained == []
 
 
-class OtherMachine:
+class OtherMachine(Cluster):
     """A cluster that is this process; what goes there and back is pickled, as on the way to another."""
 
     def __init__(self) -> None:

@@ -286,7 +286,7 @@ def test_an_adapter_on_the_head_and_full_fine_tuning_are_refused(make):
 
 def test_fields_of_other_tasks_and_losses_are_refused_by_name(make):
     for changes, message in (
-        ({"task": "causal-lm", "beta": 0.1}, "`beta`: goes with task preference; with causal-lm expected none"),
+        ({"task": "causal-lm", "beta": 0.1}, "`beta`: goes with task preference or grpo; with causal-lm expected none"),
         ({"loss": "dop"}, "`loss`: expected one of dpo, .* did you mean 'dpo'"),
         ({"loss": ["dpo", "kto"]}, "`loss`: expected one loss, or several that compare pairs"),
         ({"loss": "kto", "label_smoothing": 0.1}, "`label_smoothing`: is no option of the loss kto"),

@@ -79,7 +79,7 @@ def test_a_users_home_is_meant_in_every_path(monkeypatch, tmp_path):
             if "Path" in str(kind) or parameter.name in ("base", "batches", "fine_tuned"):
                 assert str(option.parser("~/there")) == str(tmp_path / "there"), (command.callback, parameter)
                 seen.add(parameter.name)
-    assert seen == {"adapter", "adapters", "out", "recipe", "base", "batches", "arms", "fine_tuned"}
+    assert seen == {"adapter", "adapters", "out", "recipe", "base", "batches", "arms", "fine_tuned", "path"}
     result = run.invoke(app, ["inspect", "~/nowhere"], env=WIDE)
     assert f"{tmp_path / 'nowhere'}: no such directory" in "".join(result.output.split("\n"))
     assert run.invoke(app, ["inspect", "~no-such-user/adapter"], env=WIDE).exit_code == 2

@@ -1,6 +1,7 @@
 """The recipe's schema and what its errors say."""
 
 import inspect
+import json
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -208,8 +209,8 @@ def test_every_optimizer_goes_with_a_pair_and_looking_draws_no_random_number(nam
     assert torch.equal(torch.get_rng_state(), state)
 
 
-PATHS = ("model", "data", "eval_data", "init_cache", "output_dir", "resume_from_checkpoint", "beside")
-NO_PATHS = {"optim", "report_to", "lr_scheduler_type", "target_modules", "exclude_modules", "layers_pattern"}
+PATHS = ("model", "data", "eval_data", "init_cache", "output_dir", "resume_from_checkpoint", "beside", "reward")
+NO_PATHS = {"optim", "report_to", "lr_scheduler_type", "target_modules", "exclude_modules", "layers_pattern", "loss"}
 NO_PATHS |= {"init", "scaling", "variant", "optimizer"}  # names from a table
 
 
@@ -227,11 +228,12 @@ def test_every_field_that_takes_text_is_known_as_a_path_or_as_none():
 @pytest.mark.parametrize("name", PATHS)
 def test_a_users_home_is_meant_in_every_path(write, monkeypatch, tmp_path, name):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    values = {"model": "m", "data": "d", name: "~/there"}
+    least = {"model": "m", "data": "d"} | ({"task": "grpo"} if name == "reward" else {})
+    values = least | {name: "~/there"}
     path = write("".join(f"{field}: {value}\n" for field, value in values.items()))
     assert getattr(recipes.load(path), name) == str(tmp_path / "home" / "there")
     flags = {name: recipes.flag_value(name, "~/there")}
-    assert getattr(recipes.load(write("model: m\ndata: d\n"), flags), name) == str(tmp_path / "home" / "there")
+    assert getattr(recipes.load(write(json.dumps(least)), flags), name) == str(tmp_path / "home" / "there")
     unchanged = recipes.parse(values | {name: "./~/a/~b"})
     assert getattr(unchanged, name) == "./~/a/~b"
     with pytest.raises(RecipeError, match=rf"`{name}`: expected .*a user's home after ~.*; found '~no-such-user/run'"):

@@ -5,7 +5,7 @@ Checkpoints hold the adapter only and are there whole or not at all; what stops 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import count, islice
@@ -42,7 +42,7 @@ RESULTS = "metrics.json"  # of a run that is through: the last file that it writ
 _SHOWN_SAMPLES = 32
 
 # (batch, what computes its loss and gradients) → the loss.
-Computing = Callable[[Mapping[str, Any], Callable[[], Tensor]], Tensor]
+Computing = Callable[[Any, Callable[[], Tensor]], Tensor]
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
@@ -342,7 +342,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         """Nothing: the run writes its own card once its results are known."""
 
 
-def _alone(_: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+def _alone(_: Any, compute: Callable[[], Tensor]) -> Tensor:
     return compute()
 
 
