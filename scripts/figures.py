@@ -437,6 +437,46 @@ def quantised_merge() -> str:
     )
 
 
+def routing() -> str:
+    """A layer's time over the one without adapters, then a training step's over those apart."""
+    found = result("routing")
+    rows = [
+        [case, *(f"{times[f'{way} over base']['ratio_of_medians']:.2f}" for way in ("mixed", "one", "peft"))]
+        for case, times in found["layer"].items()
+        if case not in ("machine", "rounds")
+    ]
+    eight = found["eight"]["8"]
+    apart, alone = (
+        eight[f"time, together over {what}"] for what in ("the sum of steps apart", "one adapter on the same batch")
+    )
+    kept = eight["kept for backward, together over one adapter on the same batch"]
+    return (
+        f"{table(['', '32 rows on 32 adapters', '32 rows on one', 'mixed batch of PEFT'], rows)}\n\n"
+        "A training step of SmolLM2-135M in fp32 with eight adapters of rank 8, a row of tokens each, takes "
+        f"{apart['ratio_of_medians']:.2f} ({apart['min']:.2f}–{apart['max']:.2f}) of the time of eight steps of a row, "
+        f"and {alone['ratio_of_medians']:.2f} ({alone['min']:.2f}–{alone['max']:.2f}) of that of one adapter on the same "
+        f"batch; what is kept for the backward pass is {kept:.2f} of the latter's. Largest relative difference of a "
+        f"gradient from the steps apart: {eight['largest relative difference of a gradient']:.0e}."
+    )
+
+
+def sweep() -> str:
+    found = result("sweep")
+    columns = {
+        "largest difference of a loss": "{:.0e}",
+        "time over the sum of separate runs": "{:.2f}",
+        "peak memory over one run's": "{:.2f}",
+    }
+    rows = [
+        [arms, *(shown.format(run[key]) for key, shown in columns.items())] for arms, run in found["sweeps"].items()
+    ]
+    return (
+        f"SmolLM2-135M in fp32, {found['steps']} steps of {found['batch']} sample of {found['length']} tokens, "
+        f"{found['rows']} rows a forward, CPU time of one thread from loading the model to the last step:\n\n"
+        + table(["arms", *columns], rows)
+    )
+
+
 def ordinary() -> str:
     found = result("ordinary_adapters")
     count, alarms, fit = len(found["adapters"]), found["false alarms"], found["fit"]
@@ -586,6 +626,8 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "ordinary": ordinary,
     },
     "docs/coming_from.md": {"other-names": other_names},
+    "docs/many_adapters.md": {"routing": routing},
+    "docs/sweep.md": {"sweep": sweep},
     "docs/learning_rate.md": {"schedules": probe_schedules, "learning-rate": learning_rates},
     "docs/design.md": {"order": order},
     "docs/export.md": {"rules": rules, "engines": engines},
