@@ -454,16 +454,16 @@ def routing() -> str:
         f"{table(['', '32 rows on 32 adapters', '32 rows on one', 'mixed batch of PEFT'], rows)}\n\n"
         "A training step of SmolLM2-135M in fp32 with eight adapters of rank 8, a row of tokens each, takes "
         f"{apart['ratio_of_medians']:.2f} ({apart['min']:.2f}–{apart['max']:.2f}) of the time of eight steps of a row, "
-        f"and {alone['ratio_of_medians']:.2f} ({alone['min']:.2f}–{alone['max']:.2f}) of that of one adapter on the same "
-        f"batch; what is kept for the backward pass is {kept:.2f} of the latter's. Largest relative difference of a "
-        f"gradient from the steps apart: {eight['largest relative difference of a gradient']:.0e}."
+        f"and {alone['ratio_of_medians']:.2f} ({alone['min']:.2f}–{alone['max']:.2f}) of that of one adapter on the "
+        f"same batch; what is kept for the backward pass is {kept:.2f} of the latter's. Largest relative difference of a "
+        f"gradient from the steps apart: {eight['largest relative difference of a gradient']:.1g}."
     )
 
 
 def sweep() -> str:
     found = result("sweep")
     columns = {
-        "largest difference of a loss": "{:.0e}",
+        "largest difference of a loss": "{:.1g}",
         "time over the sum of separate runs": "{:.2f}",
         "peak memory over one run's": "{:.2f}",
     }
