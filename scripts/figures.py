@@ -455,8 +455,8 @@ def routing() -> str:
         "A training step of SmolLM2-135M in fp32 with eight adapters of rank 8, a row of tokens each, takes "
         f"{apart['ratio_of_medians']:.2f} ({apart['min']:.2f}–{apart['max']:.2f}) of the time of eight steps of a row, "
         f"and {alone['ratio_of_medians']:.2f} ({alone['min']:.2f}–{alone['max']:.2f}) of that of one adapter on the "
-        f"same batch; what is kept for the backward pass is {kept:.2f} of the latter's. Largest relative difference of a "
-        f"gradient from the steps apart: {eight['largest relative difference of a gradient']:.1g}."
+        f"same batch; what is kept for the backward pass is {kept:.2f} of the latter's. Largest relative difference of "
+        f"a gradient from the steps apart: {eight['largest relative difference of a gradient']:.1g}."
     )
 
 
