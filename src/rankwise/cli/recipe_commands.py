@@ -60,7 +60,7 @@ def plan(
         int | None, typer.Option(help="With --advise: trained parameters to share out; default: as planned.")
     ] = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Say how much memory the run will take. Loads no weights.")
+        bool, typer.Option("--memory", help="Estimate how much memory the run will take. Loads no weights.")
     ] = False,
     *,
     overrides: dict[str, Any],
