@@ -1,8 +1,8 @@
 """How much memory a run will take, from the model's configuration alone: no weight is loaded.
 
 One training step and one evaluation run on fake tensors, which have a shape and a storage but no content; what they
-hold is added up as it comes and goes, so that the peak is where the real step has it. It is an estimate from below: what
-a CPU's allocator keeps to itself, and what is computed around the step, come on top (benchmarks/memory.py).
+hold is added up as it comes and goes, so that the peak is where the real step has it. It is an estimate from below:
+what a CPU's allocator keeps to itself, and what is computed around the step, come on top (benchmarks/memory.py).
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ def _step_bytes(model: PreTrainedModel, pairs: Sequence[Tensor], recipe: Recipe,
 
 def memory_table(memory: Memory) -> Table:
     """For the terminal."""
-    table = Table(title="Memory, estimated from below", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title="Memory, estimated from below", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right")
     rows = {
