@@ -4,13 +4,14 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -71,25 +72,30 @@ def llama_server(model: Path, adapter: Path | None) -> Iterator["LlamaServer"]:
         "--no-webui",
     ]
     command += ["--lora", str(adapter)] if adapter is not None else []
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        yield LlamaServer(process, f"http://127.0.0.1:{port}")
-    finally:
-        process.kill()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        try:
+            yield LlamaServer(process, said, f"http://127.0.0.1:{port}")
+        finally:
+            process.kill()
+            process.wait()
 
 
 class LlamaServer:
     """A running server."""
 
-    def __init__(self, process: "subprocess.Popen[str]", url: str) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", said: IO[str], url: str) -> None:
         self.url = url
         for _ in range(1200):
             if process.poll() is not None:
-                raise RuntimeError(process.communicate()[1][-2000:])
+                said.seek(0)
+                raise RuntimeError(said.read()[-2000:])
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=5).close()
                 return
+            except urllib.error.HTTPError as loading:
+                loading.close()
+                time.sleep(0.1)
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.1)
         raise RuntimeError("llama-server does not answer")
